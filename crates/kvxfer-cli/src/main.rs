@@ -1,0 +1,2 @@
+//! The `kvxfer` command.
+fn main() {}

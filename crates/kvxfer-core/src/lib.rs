@@ -1,0 +1,27 @@
+//! The working parts of `kvxfer`: memory, transports, the agent's runtime, and the channels that drive the
+//! state machines of `kvxfer-proto`.
+//!
+//! Data flows one way: [`memory`] is registered as a [`Region`] of an [`Agent`]; a [`Peer`]'s exported region is
+//! reached through the [`transport`] chosen for it; a [`Transfer`] moves descriptors between the two; the
+//! [`channel`]s put requests, pages, leases and integrity on top.
+
+pub mod agent;
+pub mod channel;
+pub mod config;
+pub mod error;
+pub mod memory;
+pub mod metrics;
+pub mod transport;
+
+pub use agent::{Agent, AgentBuilder, Notification, Peer, Region, RemoteRegion, Transfer, TransferOptions};
+pub use channel::{Receiver, ReceiverConfig, Sender, SenderConfig};
+pub use config::AgentConfig;
+pub use error::{Error, Result};
+pub use kvxfer_proto as proto;
+pub use kvxfer_proto::{
+    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId,
+};
+pub use memory::Memory;
+pub use transport::{Op, Piece, TransportKind};
+
+const _: () = assert!(usize::BITS == 64, "kvxfer needs a 64-bit target");

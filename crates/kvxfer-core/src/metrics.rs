@@ -1,0 +1,1 @@
+//! Counters and histograms per peer and transport, as Prometheus text.

@@ -1,0 +1,298 @@
+//! The control messages between two agents, their limits and their encoding.
+//!
+//! A frame is a little-endian `u32` length followed by that many bytes of MessagePack with named fields. The
+//! first frame in each direction is [`Message::Hello`], which carries the protocol range. Nothing that comes
+//! from the wire is trusted: lengths, counts and strings are checked while decoding.
+
+use crate::{
+    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RegionId, RequestId,
+};
+use serde::{Deserialize, Serialize};
+
+/// Oldest and newest protocol version this build speaks.
+pub const PROTOCOL: std::ops::RangeInclusive<u16> = 1..=1;
+/// Largest frame, in bytes, length prefix not counted.
+pub const MAX_FRAME: usize = 4 << 20;
+/// Largest notification payload, in bytes.
+pub const MAX_NOTIFICATION: usize = 4096;
+/// Most chunks in one request.
+pub const MAX_CHUNKS: usize = 65_536;
+
+/// What one agent tells another on the control connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Message {
+    /// First frame in each direction.
+    Hello(Hello),
+    /// Answers the peer's challenge: `HMAC-SHA256(key, role || both challenges || both names || both epochs)`.
+    Auth {
+        /// The MAC; empty when no key is configured.
+        #[serde(with = "serde_bytes")]
+        mac: Vec<u8>,
+    },
+    /// After authentication: what each transport needs to be reached by the peer.
+    Offers {
+        /// One entry per transport the sender of this message can use towards this peer.
+        offers: Vec<Offer>,
+    },
+    /// Connection is complete on this side.
+    Welcome,
+    /// The connection is refused or broken off, with the reason.
+    Refuse {
+        /// Why.
+        code: ErrorCode,
+        /// For humans; names both values where two differ.
+        text: String,
+    },
+
+    /// Ask for an exported region by name.
+    RegionQuery {
+        /// Correlates the answer.
+        query: u64,
+        /// Name it was exported under.
+        name: String,
+    },
+    /// Answer to [`Message::RegionQuery`].
+    RegionInfo {
+        /// Same as in the query.
+        query: u64,
+        /// The region, or none of that name.
+        region: Option<RegionAdvert>,
+    },
+    /// A notification outside shared memory.
+    Notify {
+        /// Payload, at most [`MAX_NOTIFICATION`] bytes.
+        #[serde(with = "serde_bytes")]
+        payload: Vec<u8>,
+    },
+
+    /// A sender states the geometry of a pool it wants to send to.
+    Attach {
+        /// Correlates the answer.
+        query: u64,
+        /// Name of the receiver's pool.
+        pool: String,
+        /// Geometry of the sender.
+        geometry: Geometry,
+    },
+    /// Answer to [`Message::Attach`].
+    Attached {
+        /// Same as in the query.
+        query: u64,
+        /// Region of the pool at the receiver; its pages follow one another.
+        region: Option<RegionAdvert>,
+        /// Pages in the pool.
+        pages: u32,
+        /// [`ErrorCode::Ok`] or the reason.
+        code: ErrorCode,
+        /// Reason in words.
+        text: String,
+    },
+    /// Declare a request with all its chunks.
+    Reserve {
+        /// Name of the receiver's pool.
+        pool: String,
+        /// The request.
+        request: RequestId,
+        /// All its chunks.
+        chunks: Vec<ChunkSpec>,
+        /// Milliseconds the sender is willing to wait for admission.
+        deadline_ms: u64,
+        /// Level the sender will provide digests for.
+        integrity: Integrity,
+    },
+    /// The request is admitted: one answer per chunk, in order.
+    Grant {
+        /// The request.
+        request: RequestId,
+        /// Per chunk.
+        slots: Vec<Slot>,
+        /// Milliseconds until the lease ends unless renewed by any commit or ping of the request.
+        lease_ms: u64,
+    },
+    /// A chunk that was [`Slot::Pending`] has been decided.
+    Resolved {
+        /// The request.
+        request: RequestId,
+        /// Index of the chunk in the request.
+        chunk: u32,
+        /// Now [`Slot::Page`] or [`Slot::Present`].
+        slot: Slot,
+    },
+    /// The request is refused or ended by the receiver.
+    Refused {
+        /// The request.
+        request: RequestId,
+        /// Why.
+        code: ErrorCode,
+        /// For humans.
+        text: String,
+    },
+    /// All bytes of a chunk are written.
+    Commit {
+        /// The request.
+        request: RequestId,
+        /// Index of the chunk in the request.
+        chunk: u32,
+        /// Generation of the page it was written to.
+        generation: Generation,
+        /// Digest of the chunk at the agreed level.
+        digest: u64,
+    },
+    /// A chunk was checked and published, or failed its check.
+    Committed {
+        /// The request.
+        request: RequestId,
+        /// Index of the chunk in the request.
+        chunk: u32,
+        /// [`ErrorCode::Ok`], [`ErrorCode::Corrupt`], [`ErrorCode::Stale`], …
+        code: ErrorCode,
+    },
+    /// Every chunk of the request is published.
+    Ready {
+        /// The request.
+        request: RequestId,
+    },
+    /// The sender gives up; `quiet` means that no write can land any more.
+    Abort {
+        /// The request.
+        request: RequestId,
+        /// True when every write of the request has ended.
+        quiet: bool,
+        /// Why.
+        code: ErrorCode,
+    },
+    /// The receiver asks the sender to stop writing; the sender answers with [`Message::Abort`] `quiet: true`.
+    Revoke {
+        /// The request.
+        request: RequestId,
+        /// Why.
+        code: ErrorCode,
+    },
+    /// Keeps the leases of a request alive while the prefill goes on.
+    Renew {
+        /// The request.
+        request: RequestId,
+    },
+
+    /// Is anybody there?
+    Ping {
+        /// Echoed.
+        nonce: u64,
+    },
+    /// Answer to [`Message::Ping`].
+    Pong {
+        /// From the ping.
+        nonce: u64,
+    },
+    /// Orderly end.
+    Bye {
+        /// For humans.
+        reason: String,
+    },
+}
+
+/// Who is speaking.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Oldest protocol version spoken.
+    pub protocol_min: u16,
+    /// Newest protocol version spoken.
+    pub protocol_max: u16,
+    /// Library version, for humans.
+    pub library: String,
+    /// Name of the agent.
+    pub agent: AgentName,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Where it runs.
+    pub host: HostIdentity,
+    /// 32 random bytes for the peer to authenticate over.
+    #[serde(with = "serde_bytes")]
+    pub challenge: Vec<u8>,
+    /// True when this side demands authentication.
+    pub auth_required: bool,
+}
+
+/// Enough to tell whether two agents share a host, a PID namespace or a process.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct HostIdentity {
+    /// Kernel boot id.
+    pub boot_id: String,
+    /// Inode of the PID namespace.
+    pub pid_namespace: u64,
+    /// Inode of the network namespace.
+    pub net_namespace: u64,
+    /// Process id in its own namespace.
+    pub pid: u32,
+    /// Random token of the process, new at each start.
+    pub process: u64,
+    /// Unix-socket address for passing file descriptors; a leading `@` means the abstract namespace; empty when none.
+    pub side_socket: String,
+}
+
+/// What a transport needs to reach the sender of this message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Name of the transport, e.g. `shm`.
+    pub transport: String,
+    /// Opaque to everything but that transport.
+    #[serde(with = "serde_bytes")]
+    pub payload: Vec<u8>,
+}
+
+/// A region a peer may read or write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionAdvert {
+    /// Its id at the exporting agent.
+    pub id: RegionId,
+    /// The name it is exported under.
+    pub name: String,
+    /// Length in bytes.
+    pub len: u64,
+    /// Peers may read it.
+    pub readable: bool,
+    /// Peers may write it.
+    pub writable: bool,
+    /// One ticket per transport that can reach this memory.
+    pub tickets: Vec<Ticket>,
+}
+
+/// How one transport reaches one region.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ticket {
+    /// Name of the transport.
+    pub transport: String,
+    /// Opaque to everything but that transport.
+    #[serde(with = "serde_bytes")]
+    pub payload: Vec<u8>,
+    /// Label of the file descriptor sent over the side socket; 0 when none.
+    pub fd_label: u64,
+}
+
+/// One chunk of a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkSpec {
+    /// Content key.
+    pub key: ChunkKey,
+    /// Valid bytes; at most a page.
+    pub len: u64,
+}
+
+/// What the receiver says of one chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "slot", rename_all = "snake_case")]
+pub enum Slot {
+    /// Write it to this page.
+    Page {
+        /// Which page.
+        page: PageIndex,
+        /// Its generation, to be named in the commit.
+        generation: Generation,
+    },
+    /// Already here, checked and pinned for this request: nothing to write.
+    Present,
+    /// Another request is writing it; [`Message::Resolved`] follows.
+    Pending,
+}

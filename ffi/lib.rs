@@ -1,0 +1,3 @@
+//! `kvxfer` moves LLM key/value caches between inference engines. This crate is the public Rust API and the C ABI.
+
+pub use kvxfer_core::*;
