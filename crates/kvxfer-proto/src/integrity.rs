@@ -14,3 +14,6 @@ pub enum Integrity {
     /// Every byte, bound to the same ids.
     Full = 2,
 }
+
+/// Bytes of one segment of a fully checked chunk: small enough to stay in a core's cache between copy and hash.
+pub const SEGMENT: u64 = 256 << 10;

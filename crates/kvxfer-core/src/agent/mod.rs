@@ -1,7 +1,9 @@
 //! An agent: one endpoint of a process, with its regions, its peers and one progress thread.
 
+pub(crate) mod host;
+
 use crate::config::AgentConfig;
-use crate::transport::{Op, Outcome, Piece, Transport, TransportKind};
+use crate::transport::{Op, Outcome, Piece, SegmentDigests, Transport, TransportKind};
 use crate::{Memory, Result};
 use kvxfer_proto::{AgentName, Epoch, ErrorCode, Integrity, RegionId, TransferId};
 use std::os::fd::BorrowedFd;
@@ -201,6 +203,14 @@ impl Agent {
     pub fn metrics(&self) -> String {
         todo!("runtime")
     }
+    /// Adds a channel; it is asked in the order of addition and forgotten when it is dropped.
+    pub(crate) fn add_host(&self, _host: std::sync::Weak<dyn host::Host>) {
+        todo!("runtime")
+    }
+    /// Makes the progress thread ask every host's tick soon.
+    pub(crate) fn schedule(&self) {
+        todo!("runtime")
+    }
     /// Ends everything in order: transfers are cancelled, peers told, threads joined. Further calls fail with [`ErrorCode::Closed`].
     pub fn shutdown(&self, _timeout: Duration) -> Result<()> {
         todo!("runtime")
@@ -302,6 +312,29 @@ impl Peer {
     }
     /// Sends a notification without data. Does not block.
     pub fn notify(&self, _payload: &[u8]) -> Result<()> {
+        todo!("runtime")
+    }
+    /// Queues a control message; does not block. Fails when the peer is gone or its queue is full.
+    pub(crate) fn send(&self, _message: kvxfer_proto::wire::Message) -> Result<()> {
+        todo!("runtime")
+    }
+    /// What peers must be told to reach `region` (a pool's region travels in `Attached`).
+    pub(crate) fn advert(&self, _region: &Region, _name: &str) -> Result<kvxfer_proto::wire::RegionAdvert> {
+        todo!("runtime")
+    }
+    /// Imports a region from its advert on every connected transport that has a ticket for it.
+    pub(crate) fn import(&self, _advert: &kvxfer_proto::wire::RegionAdvert) -> Result<RemoteRegion> {
+        todo!("runtime")
+    }
+    /// Like [`Peer::write`], and the mover leaves segment digests in `digests` when it can (see [`Peer::fuses_digest`]).
+    pub(crate) fn write_with_digests(
+        &self,
+        _local: &Region,
+        _remote: &RemoteRegion,
+        _pieces: &[Piece],
+        _options: TransferOptions,
+        _digests: Option<Arc<SegmentDigests>>,
+    ) -> Result<Transfer> {
         todo!("runtime")
     }
     /// Connected transports, best first, each with a description (address, streams, protocol underneath).

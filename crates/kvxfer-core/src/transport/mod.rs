@@ -104,6 +104,8 @@ pub struct Capabilities {
     pub same_host: bool,
     /// Every piece is checked against a digest by the side it arrives at when the job's integrity is `Full`.
     pub verifies_arrival: bool,
+    /// Fills [`Job::digest`] while it moves the bytes.
+    pub fuses_digest: bool,
     /// Needs [`Transport::poll`] while jobs are under way.
     pub needs_poll: bool,
     /// What is assumed when nothing is configured (Contract line 1).
@@ -183,8 +185,24 @@ pub struct Job {
     pub pieces: Arc<[Piece]>,
     /// Level of checking.
     pub integrity: Integrity,
+    /// Where to leave digests of the written bytes, computed while they are hot; only when the transport says `fuses_digest`.
+    pub digest: Option<Arc<SegmentDigests>>,
     /// Where outcomes go.
     pub tracker: Arc<Tracker>,
+}
+
+/// xxh3-64 of each segment of a chunk that is being written, filled by the mover.
+///
+/// Segment `i` covers `[base + i * SEGMENT, …)` of the remote region, the last one may be shorter; its hash is over the
+/// bytes in remote order. The job's pieces cover `base..base + len` completely, in order and without gaps.
+#[derive(Debug)]
+pub struct SegmentDigests {
+    /// Remote offset of the chunk's first byte.
+    pub base: u64,
+    /// Length of the chunk.
+    pub len: u64,
+    /// One per segment.
+    pub hashes: Box<[std::sync::atomic::AtomicU64]>,
 }
 
 /// One way of carrying bytes, owned by one agent.
