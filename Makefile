@@ -1,0 +1,66 @@
+# kvxfer: `make demo` shows it work, `make test` proves it. `make help` lists the rest.
+PREFIX ?= /usr/local
+PROFILE_DIR := target/release
+KVXFER := $(PROFILE_DIR)/kvxfer
+# Without libclang and a C++ compiler everything but NIXL and CUDA still builds; scripts/features.sh says so in a sentence.
+FEATURES = $(shell scripts/features.sh)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench demo-vllm doctor install fuzz doc clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:
+	@scripts/setup.sh build
+
+setup-test:
+	@scripts/setup.sh test
+
+build: setup ## the library and the command, release profile
+	cargo build --release --workspace $(FEATURES)
+
+nixl: ## NIXL from PyPI into the cache folder, for the nixl transport
+	@scripts/install-nixl.sh || echo "nixl: not installed; everything else works without it"
+
+demo: build nixl ## the main job: a prompt's KV cache from one process to another, every byte checked
+	$(KVXFER) demo
+
+test: setup-test nixl test-rust test-python ## every test: Rust, C, C++, Python
+
+test-rust:
+	cargo test --workspace $(FEATURES)
+
+test-python:
+	scripts/test-python.sh
+
+lint: ## formatting, and lints with warnings denied
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --no-default-features -- -D warnings
+
+header: ## regenerate include/kvxfer.h
+	KVXFER_UPDATE_HEADER=1 cargo test --test header
+
+bench: build nixl ## the table of docs/performance.md; JSON and an HTML report land in build/
+	@mkdir -p build
+	$(KVXFER) bench --json build/bench.json --html build/bench.html
+
+doctor: build ## what this machine can do
+	$(KVXFER) doctor
+
+demo-vllm: setup-test ## a real vLLM prefiller and decoder hand over a real cache through kvxfer (CPU, ~10 min the first time)
+	scripts/demo-vllm.sh
+
+install: build ## library, headers, pkg-config, CMake package and command into PREFIX (DESTDIR is honoured)
+	scripts/install.sh $(PREFIX)
+
+fuzz: ## every decoder under libFuzzer for a minute each (needs cargo-fuzz and a nightly toolchain)
+	scripts/fuzz.sh
+
+doc: ## the Rust documentation
+	cargo doc --workspace --no-deps
+
+clean:
+	cargo clean
+	rm -rf build
