@@ -33,6 +33,9 @@ pub enum Message {
     },
     /// After authentication: what each transport needs to be reached by the peer.
     Offers {
+        /// Token of this connection, 16 random bytes made by the accepting side; empty from the connecting side.
+        #[serde(with = "serde_bytes")]
+        session: Vec<u8>,
         /// One entry per transport the sender of this message can use towards this peer.
         offers: Vec<Offer>,
     },
@@ -59,6 +62,11 @@ pub enum Message {
         query: u64,
         /// The region, or none of that name.
         region: Option<RegionAdvert>,
+    },
+    /// A region is not exported any more; transfers on it fail from now on.
+    Unexported {
+        /// Its id at the exporting agent.
+        region: RegionId,
     },
     /// A notification outside shared memory.
     Notify {

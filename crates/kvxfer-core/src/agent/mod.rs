@@ -337,6 +337,10 @@ impl Peer {
     ) -> Result<Transfer> {
         todo!("runtime")
     }
+    /// True when the transport that would carry a write from `local` to `remote` fills [`SegmentDigests`] while copying.
+    pub(crate) fn fuses_digest(&self, _local: &Region, _remote: &RemoteRegion) -> bool {
+        todo!("runtime")
+    }
     /// Connected transports, best first, each with a description (address, streams, protocol underneath).
     pub fn paths(&self) -> Vec<(TransportKind, String)> {
         todo!("runtime")

@@ -220,9 +220,15 @@ pub trait Transport: Send + Sync + 'static {
     fn register(&self, region: RegionId, memory: &Arc<Memory>) -> Result<()>;
     /// Takes a registration back. No job uses it any more.
     fn deregister(&self, region: RegionId);
-    /// Connects to a peer from its offer. May take until `deadline`; never longer.
+    /// Connects to a peer from its offer. May take until `deadline`; never longer. Runs on the thread that called
+    /// `Agent::connect` (initiator) or on a short-lived thread (acceptor), on both sides at the same time.
     fn connect(&self, peer: &PeerInfo, offer: &[u8], deadline: Instant) -> Result<Arc<dyn Link>>;
-    /// A data connection for this transport arrived on the agent's listener (`tcp` only); `session` was checked to be known.
+    /// The agent listens on these addresses (real ports); called once, before any peer, when there are TCP listeners.
+    fn listening(&self, _addresses: &[std::net::SocketAddr]) {}
+    /// A data connection for this transport arrived on the agent's listener (`tcp` only); `session` was checked to be
+    /// known. Both sides' [`Transport::connect`] run at the same time, so this may come before, while or after ours runs:
+    /// an early one is parked. The stream is blocking, its preamble (magic, session, lane) has been read. Progress thread:
+    /// must not block.
     fn adopt(&self, _session: [u8; 16], _lane: u16, _stream: std::net::TcpStream) {}
     /// Drives a library that has no thread of its own; true when something is still under way. Progress thread only.
     fn poll(&self) -> bool {
@@ -251,6 +257,6 @@ pub trait Link: Send + Sync + 'static {
     fn close(&self);
     /// True when no write of the *peer* can reach our memory over this link any more (Contract line 2); asked after `close`.
     fn fenced(&self) -> bool;
-    /// For reports: address, protocol under it, stream count, …
+    /// For reports: address, protocol under it, stream count, … A `nixl` link that runs over RDMA says `rdma` in it.
     fn describe(&self) -> String;
 }
