@@ -1,8 +1,18 @@
 //! The control messages between two agents, their limits and their encoding.
 //!
-//! A frame is a little-endian `u32` length followed by that many bytes of MessagePack with named fields. The
-//! first frame in each direction is [`Message::Hello`], which carries the protocol range. Nothing that comes
-//! from the wire is trusted: lengths, counts and strings are checked while decoding.
+//! A frame is a little-endian `u32` length followed by that many bytes of `MessagePack` with named fields: a map of one
+//! entry, the message's name in `snake_case` and its fields (a message without fields is the name alone). The first
+//! frame in each direction is [`Message::Hello`], which carries the protocol range. Fields this version does not know
+//! are skipped, so a later version may add some; a message it does not know is an error that names it. Nothing that comes
+//! from the wire is trusted: [`decode`] checks lengths, counts and strings before anybody sees the message.
+//!
+//! The channel messages belong to a *channel*: one sender's attachment to one pool, numbered by the sender, unique within
+//! its agent's epoch. Within it every reservation has a *serial*, larger than the one before and never reused, so that
+//! a late or repeated message can never be taken for one of a newer request of the same name.
+
+mod codec;
+
+pub use codec::{WireError, decode, encode};
 
 use crate::{
     AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RegionId, RequestId,
@@ -17,10 +27,18 @@ pub const MAX_FRAME: usize = 4 << 20;
 pub const MAX_NOTIFICATION: usize = 4096;
 /// Most chunks in one request.
 pub const MAX_CHUNKS: usize = 65_536;
+/// Longest text meant for humans, and longest string of a geometry or host identity, in bytes.
+pub const MAX_TEXT: usize = 4096;
+/// Most transports in one [`Message::Offers`], and most tickets in one [`RegionAdvert`].
+pub const MAX_OFFERS: usize = 32;
+/// Largest payload of one offer or ticket, in bytes.
+pub const MAX_PAYLOAD: usize = 256 << 10;
+/// Largest challenge or MAC, in bytes.
+pub const MAX_PROOF: usize = 64;
 
 /// What one agent tells another on the control connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Message {
     /// First frame in each direction.
@@ -75,10 +93,10 @@ pub enum Message {
         payload: Vec<u8>,
     },
 
-    /// A sender states the geometry of a pool it wants to send to.
+    /// A sender opens a channel to a pool and states the geometry of what it will send.
     Attach {
-        /// Correlates the answer.
-        query: u64,
+        /// The channel, numbered by the sender.
+        channel: u64,
         /// Name of the receiver's pool.
         pool: String,
         /// Geometry of the sender.
@@ -86,8 +104,8 @@ pub enum Message {
     },
     /// Answer to [`Message::Attach`].
     Attached {
-        /// Same as in the query.
-        query: u64,
+        /// The channel.
+        channel: u64,
         /// Region of the pool at the receiver; its pages follow one another.
         region: Option<RegionAdvert>,
         /// Pages in the pool.
@@ -97,41 +115,59 @@ pub enum Message {
         /// Reason in words.
         text: String,
     },
+    /// The channel is closed, by either side; its requests have ended.
+    Detach {
+        /// The channel.
+        channel: u64,
+        /// Why.
+        code: ErrorCode,
+        /// For humans.
+        text: String,
+    },
     /// Declare a request with all its chunks.
     Reserve {
-        /// Name of the receiver's pool.
-        pool: String,
+        /// The channel.
+        channel: u64,
+        /// Number of this reservation in the channel.
+        serial: u64,
         /// The request.
         request: RequestId,
         /// All its chunks.
         chunks: Vec<ChunkSpec>,
-        /// Milliseconds the sender is willing to wait for admission.
+        /// Milliseconds until the sender gives the request up, admission included.
         deadline_ms: u64,
         /// Level the sender will provide digests for.
         integrity: Integrity,
     },
     /// The request is admitted: one answer per chunk, in order.
     Grant {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// Per chunk.
         slots: Vec<Slot>,
-        /// Milliseconds until the lease ends unless renewed by any commit or ping of the request.
+        /// Milliseconds until the lease ends unless renewed by any commit or [`Message::Renew`].
         lease_ms: u64,
     },
-    /// A chunk that was [`Slot::Pending`] has been decided.
+    /// A chunk has a new answer: one that was [`Slot::Pending`] is decided, or one that failed its check gets a fresh
+    /// generation to be written again.
     Resolved {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// Index of the chunk in the request.
         chunk: u32,
         /// Now [`Slot::Page`] or [`Slot::Present`].
         slot: Slot,
     },
-    /// The request is refused or ended by the receiver.
+    /// The request is refused: nothing was granted, nothing is to be confirmed.
     Refused {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// Why.
         code: ErrorCode,
         /// For humans.
@@ -139,49 +175,65 @@ pub enum Message {
     },
     /// All bytes of a chunk are written.
     Commit {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// Index of the chunk in the request.
         chunk: u32,
         /// Generation of the page it was written to.
         generation: Generation,
-        /// Digest of the chunk at the agreed level.
-        digest: u64,
+        /// What the receiver checks the bytes against.
+        check: Check,
     },
     /// A chunk was checked and published, or failed its check.
     Committed {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// Index of the chunk in the request.
         chunk: u32,
+        /// Generation named in the commit.
+        generation: Generation,
         /// [`ErrorCode::Ok`], [`ErrorCode::Corrupt`], [`ErrorCode::Stale`], …
         code: ErrorCode,
     },
     /// Every chunk of the request is published.
     Ready {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
     },
     /// The sender gives up; `quiet` means that no write can land any more.
     Abort {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// True when every write of the request has ended.
         quiet: bool,
         /// Why.
         code: ErrorCode,
     },
-    /// The receiver asks the sender to stop writing; the sender answers with [`Message::Abort`] `quiet: true`.
+    /// The receiver has ended an admitted request; the sender stops writing and answers with [`Message::Abort`] `quiet: true`.
     Revoke {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
         /// Why.
         code: ErrorCode,
+        /// For humans.
+        text: String,
     },
-    /// Keeps the leases of a request alive while the prefill goes on.
+    /// Keeps the lease of a request alive while the prefill goes on.
     Renew {
-        /// The request.
-        request: RequestId,
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
     },
 
     /// Is anybody there?
@@ -199,6 +251,41 @@ pub enum Message {
         /// For humans.
         reason: String,
     },
+}
+
+impl Message {
+    /// The channel of a message between a sender and a receiver; `None` for the agents' own messages.
+    pub fn channel(&self) -> Option<u64> {
+        match self {
+            Self::Attach { channel, .. }
+            | Self::Attached { channel, .. }
+            | Self::Detach { channel, .. }
+            | Self::Reserve { channel, .. }
+            | Self::Grant { channel, .. }
+            | Self::Resolved { channel, .. }
+            | Self::Refused { channel, .. }
+            | Self::Commit { channel, .. }
+            | Self::Committed { channel, .. }
+            | Self::Ready { channel, .. }
+            | Self::Abort { channel, .. }
+            | Self::Revoke { channel, .. }
+            | Self::Renew { channel, .. } => Some(*channel),
+            _ => None,
+        }
+    }
+}
+
+/// What a commit says of the chunk's bytes; see [`crate::integrity`] for the formulas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Check {
+    /// Nothing.
+    None,
+    /// Digest at level [`Integrity::Bound`]. Enough for a request at level `full` when the transport has checked every
+    /// byte on arrival.
+    Bound(u64),
+    /// Digest at level [`Integrity::Full`].
+    Full(u64),
 }
 
 /// Who is speaking.
@@ -290,7 +377,7 @@ pub struct ChunkSpec {
 
 /// What the receiver says of one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "slot", rename_all = "snake_case")]
+#[serde(rename_all = "snake_case")]
 pub enum Slot {
     /// Write it to this page.
     Page {
