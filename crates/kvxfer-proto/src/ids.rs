@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 pub const MAX_NAME: usize = 128;
 /// Longest request id, in bytes.
 pub const MAX_REQUEST_ID: usize = 256;
-/// Longest chunk key, in bytes (LMCache's keys are `model@world@worker@hash@dtype`).
+/// Longest chunk key, in bytes (`LMCache`'s keys are `model@world@worker@hash@dtype`).
 pub const MAX_KEY: usize = 512;
 
 /// An id was refused because of its length or content.
