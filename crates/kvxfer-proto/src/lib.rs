@@ -9,7 +9,9 @@
 #![forbid(unsafe_code)]
 
 pub mod code;
+pub mod frame;
 pub mod geometry;
+pub mod handshake;
 pub mod ids;
 pub mod integrity;
 pub mod time;
