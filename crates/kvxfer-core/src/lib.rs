@@ -8,6 +8,7 @@
 pub mod agent;
 pub mod channel;
 pub mod config;
+mod copy;
 pub mod error;
 pub mod memory;
 pub mod metrics;

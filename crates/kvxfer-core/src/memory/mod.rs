@@ -2,9 +2,22 @@
 //!
 //! A [`Memory`] is a range of bytes that other processes may read and write while it is registered, so it is
 //! never lent as a plain Rust slice by a safe function: safe access copies in or out.
+//!
+//! Shared memory is complete when [`Memory::shared`] returns: every page is reserved (a full machine is an error
+//! here, not a `SIGBUS` in the middle of a transfer) and the file is sealed against shrinking and growing, which the
+//! importing side insists on, so that no peer can pull mapped pages away. What a seal cannot forbid is a hole punched
+//! into a writable file by its owner; the pages are then allocated anew on access, zero-filled.
+//!
+//! `fork` keeps working: shared pools stay shared with the child, anonymous memory becomes copy-on-write. No
+//! `MADV_DONTFORK` is set, because a child that only reads is legitimate; a child must not submit transfers.
 
-use crate::Result;
-use std::os::fd::BorrowedFd;
+mod limits;
+mod shared;
+
+use crate::{Error, Result};
+use rustix::mm::{MapFlags, ProtFlags};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Where memory came from; decides which transports can reach it.
@@ -32,35 +45,120 @@ pub enum HugePages {
     Require,
 }
 
+/// The pages that a range of memory really got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paging {
+    /// The system's base pages (or not known: foreign memory).
+    Base,
+    /// Transparent huge pages, for at least half of the range at the time it was made.
+    Transparent,
+    /// Explicit huge pages (`MFD_HUGETLB`).
+    Explicit,
+}
+
 /// A range of host memory, mapped for as long as this value lives.
 #[derive(Debug)]
 pub struct Memory {
-    base: std::ptr::NonNull<u8>,
+    base: NonNull<u8>,
     len: usize,
     kind: MemoryKind,
+    paging: Paging,
+    fd: Option<OwnedFd>,
+    /// `None` for foreign memory.
+    _mapping: Option<Mapping>,
 }
 
+// SAFETY: `Memory` is an address range plus its owner; it hands out a raw pointer and copies, never references, so
+// sharing it between threads promises nothing about the bytes. Foreign memory: the promise of `Memory::foreign`.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
 impl Memory {
-    /// A shareable pool of `len` bytes (rounded up to whole pages inside; `len()` stays as asked).
-    pub fn shared(_len: usize, _huge: HugePages) -> Result<Arc<Self>> {
-        todo!("memory")
+    /// A shareable pool of `len` bytes (rounded up to whole pages inside; `len()` stays as asked), zero-filled and
+    /// reserved in full.
+    pub fn shared(len: usize, huge: HugePages) -> Result<Arc<Self>> {
+        let len = checked_len(len)?;
+        let pool = shared::create(len, huge)?;
+        Ok(Arc::new(Self {
+            base: pool.mapping.base,
+            len,
+            kind: MemoryKind::Memfd,
+            paging: pool.paging,
+            fd: Some(pool.fd),
+            _mapping: Some(pool.mapping),
+        }))
     }
-    /// Maps a memfd received from a peer.
-    pub fn from_fd(_fd: std::os::fd::OwnedFd, _len: usize) -> Result<Arc<Self>> {
-        todo!("memory")
+
+    /// Maps a memfd received from a peer. Refused unless it is sealed against shrinking and holds `len` bytes:
+    /// otherwise its owner could make every access here fatal.
+    pub fn from_fd(fd: OwnedFd, len: usize) -> Result<Arc<Self>> {
+        let len = checked_len(len)?;
+        let pool = shared::open(fd, len)?;
+        Ok(Arc::new(Self {
+            base: pool.mapping.base,
+            len,
+            kind: MemoryKind::Memfd,
+            paging: pool.paging,
+            fd: Some(pool.fd),
+            _mapping: Some(pool.mapping),
+        }))
     }
-    /// Private memory of this process.
-    pub fn anonymous(_len: usize) -> Result<Arc<Self>> {
-        todo!("memory")
+
+    /// Private memory of this process, zero-filled; pages are allocated at first touch, huge ones where the system
+    /// gives them on advice.
+    pub fn anonymous(len: usize) -> Result<Arc<Self>> {
+        let len = checked_len(len)?;
+        let mapped = round_up(len, rustix::param::page_size());
+        // SAFETY: a new private mapping at an address of the kernel's choice; nothing existing is replaced.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                mapped,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }
+        .map_err(|e| Error::system(format!("mmap of {mapped} anonymous bytes"), e, OUT_OF_MEMORY))?;
+        let mapping = Mapping::new(base, mapped)?;
+        // A refusal (no transparent huge pages here) costs speed only.
+        let _ = mapping.advise(libc::MADV_HUGEPAGE);
+        Ok(Arc::new(Self {
+            base: mapping.base,
+            len,
+            kind: MemoryKind::Anonymous,
+            paging: Paging::Base,
+            fd: None,
+            _mapping: Some(mapping),
+        }))
     }
+
     /// Memory owned by the caller.
     ///
     /// # Safety
     /// `base..base + len` must be readable and writable, and must stay valid until the returned value and every
     /// clone of its `Arc` are gone (each [`crate::Region`] over it keeps one until it and its transfers have ended).
     /// Nobody may hold a Rust reference into it while transfers run on it.
-    pub unsafe fn foreign(_base: *mut u8, _len: usize) -> Result<Arc<Self>> {
-        todo!("memory")
+    pub unsafe fn foreign(base: *mut u8, len: usize) -> Result<Arc<Self>> {
+        let len = checked_len(len)?;
+        let base = NonNull::new(base).ok_or_else(|| Error::InvalidArgument {
+            argument: "base",
+            problem: "the address of foreign memory is null".into(),
+        })?;
+        if (base.as_ptr() as usize).checked_add(len).is_none() {
+            return Err(Error::InvalidArgument {
+                argument: "len",
+                problem: format!("{len} bytes from {:p} wrap around the address space", base.as_ptr()),
+            });
+        }
+        Ok(Arc::new(Self {
+            base,
+            len,
+            kind: MemoryKind::Foreign,
+            paging: Paging::Base,
+            fd: None,
+            _mapping: None,
+        }))
     }
 
     /// Length in bytes.
@@ -75,20 +173,101 @@ impl Memory {
     pub fn kind(&self) -> MemoryKind {
         self.kind
     }
+    /// The pages it got.
+    pub fn paging(&self) -> Paging {
+        self.paging
+    }
     /// First byte. Valid for [`Memory::len`] bytes while `self` lives.
     pub fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }
     /// The memfd behind it, if any.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        None
+        self.fd.as_ref().map(AsFd::as_fd)
     }
+
     /// Copies `out.len()` bytes from `offset` on; range-checked.
-    pub fn read_at(&self, _offset: u64, _out: &mut [u8]) -> Result<()> {
-        todo!("memory")
+    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let from = self.range(offset, out.len() as u64)?;
+        // SAFETY: `range` checked that `out.len()` bytes from `offset` lie inside this mapping, which `self` keeps
+        // alive. `copy` allows overlap, should `out` lie in foreign memory against its owner's promise.
+        unsafe { std::ptr::copy(from, out.as_mut_ptr(), out.len()) };
+        Ok(())
     }
+
     /// Copies `bytes` to `offset`; range-checked.
-    pub fn write_at(&self, _offset: u64, _bytes: &[u8]) -> Result<()> {
-        todo!("memory")
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let to = self.range(offset, bytes.len() as u64)?;
+        // SAFETY: as in `read_at`.
+        unsafe { std::ptr::copy(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+
+    /// Address of `offset` once `offset..offset + len` is known to lie inside.
+    pub(crate) fn range(&self, offset: u64, len: u64) -> Result<*mut u8> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len as u64 => Ok(self.as_ptr().wrapping_add(offset as usize)),
+            _ => Err(Error::OutOfRange { what: "memory".into(), offset, len, limit: self.len as u64 }),
+        }
     }
 }
+
+/// A mapping this process made; dropping it unmaps.
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Mapping {
+    fn new(base: *mut std::ffi::c_void, bytes: usize) -> Result<Self> {
+        NonNull::new(base.cast()).map(|base| Self { base, bytes }).ok_or_else(|| {
+            Error::system(
+                "mmap",
+                crate::error::SystemError(libc::EINVAL),
+                "the kernel mapped address zero; check vm.mmap_min_addr",
+            )
+        })
+    }
+
+    /// `madvise` over the whole mapping; the errno is the error. Only for advice that discards nothing.
+    fn advise(&self, advice: i32) -> Result<(), i32> {
+        debug_assert!([libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE].contains(&advice));
+        // SAFETY: the range is this mapping's own, and the two kinds of advice given here change no byte of it.
+        if unsafe { libc::madvise(self.base.as_ptr().cast(), self.bytes, advice) } == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this value made the mapping with this length and is the last to use it.
+        if let Err(e) = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.bytes) } {
+            tracing::error!(error = %e, bytes = self.bytes, "munmap failed");
+        }
+    }
+}
+
+const OUT_OF_MEMORY: &str = "ask for less, or give the machine or container more memory";
+
+fn checked_len(len: usize) -> Result<usize> {
+    // One page of room so that rounding up cannot overflow.
+    if len == 0 || len > isize::MAX as usize - (1 << 30) {
+        return Err(Error::InvalidArgument {
+            argument: "len",
+            problem: format!("{len} bytes of memory; at least 1 and at most {} are possible", isize::MAX),
+        });
+    }
+    Ok(len)
+}
+
+/// `len` rounded up to a multiple of `unit`, a power of two.
+fn round_up(len: usize, unit: usize) -> usize {
+    (len + unit - 1) & !(unit - 1)
+}
+
+#[cfg(test)]
+mod tests;

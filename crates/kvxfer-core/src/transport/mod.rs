@@ -10,6 +10,8 @@
 //! ends at the next piece or slice boundary.
 
 pub mod fault;
+pub mod inproc;
+pub mod mover;
 pub mod tracker;
 
 pub use tracker::{Outcome, Tracker};
@@ -97,6 +99,7 @@ pub struct Piece {
 
 /// What a transport can do.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about a transport, not states")]
 pub struct Capabilities {
     /// Reaches a peer in the same process only.
     pub same_process: bool,
@@ -259,4 +262,8 @@ pub trait Link: Send + Sync + 'static {
     fn fenced(&self) -> bool;
     /// For reports: address, protocol under it, stream count, … A `nixl` link that runs over RDMA says `rdma` in it.
     fn describe(&self) -> String;
+}
+
+fn not_imported(key: RemoteKey) -> crate::Error {
+    crate::Error::NotFound { what: "remote region", name: key.0.to_string() }
 }

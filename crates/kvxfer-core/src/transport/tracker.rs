@@ -108,6 +108,11 @@ impl Tracker {
         }
     }
 
+    /// Leaves the reason of a failure in words; the first one counts.
+    pub fn explain(&self, detail: impl Into<String>) {
+        self.waiters.lock().detail.get_or_insert_with(|| detail.into());
+    }
+
     /// True when every piece has an outcome.
     pub fn all_decided(&self) -> bool {
         self.undecided.load(Ordering::Acquire) == 0
