@@ -14,6 +14,8 @@ pub mod geometry;
 pub mod handshake;
 pub mod ids;
 pub mod integrity;
+pub mod layout;
+pub mod plan;
 pub mod time;
 pub mod wire;
 

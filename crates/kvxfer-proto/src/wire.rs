@@ -33,7 +33,7 @@ pub const MAX_TEXT: usize = 4096;
 pub const MAX_OFFERS: usize = 32;
 /// Largest payload of one offer or ticket, in bytes.
 pub const MAX_PAYLOAD: usize = 256 << 10;
-/// Largest challenge or MAC, in bytes.
+/// Largest challenge, session token or MAC, in bytes.
 pub const MAX_PROOF: usize = 64;
 
 /// What one agent tells another on the control connection.

@@ -67,12 +67,19 @@ fn samples() -> Vec<(&'static str, Message)> {
     vec![
         ("hello", Message::Hello(hello)),
         ("auth", Message::Auth { mac: vec![0xab; 32] }),
-        ("offers", Message::Offers { offers: vec![Offer { transport: "tcp".into(), payload: vec![9; 4] }] }),
+        (
+            "offers",
+            Message::Offers {
+                session: vec![5; 16],
+                offers: vec![Offer { transport: "tcp".into(), payload: vec![9; 4] }],
+            },
+        ),
         ("welcome", Message::Welcome),
         ("refuse", Message::Refuse { code: ErrorCode::Unauthenticated, text: text.clone() }),
         ("region_query", Message::RegionQuery { query: 1, name: "kv".into() }),
         ("region_info", Message::RegionInfo { query: 1, region: Some(region()) }),
         ("region_info_none", Message::RegionInfo { query: 1, region: None }),
+        ("unexported", Message::Unexported { region: RegionId(7) }),
         ("notify", Message::Notify { payload: b"done".to_vec() }),
         ("attach", Message::Attach { channel, pool: "kv".into(), geometry }),
         (
@@ -280,7 +287,7 @@ proptest! {
 
     #[test]
     fn damaged_messages_are_refused_or_read_within_limits(
-        which in 0..27usize,
+        which in 0..28usize,
         flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
     ) {
         let (_, message) = samples().swap_remove(which);

@@ -89,7 +89,7 @@ pub fn decode(payload: &[u8]) -> Result<Message, WireError> {
 }
 
 /// Names of all messages, as on the wire.
-const TYPES: [&str; 24] = [
+const TYPES: [&str; 25] = [
     "hello",
     "auth",
     "offers",
@@ -97,6 +97,7 @@ const TYPES: [&str; 24] = [
     "refuse",
     "region_query",
     "region_info",
+    "unexported",
     "notify",
     "attach",
     "attached",
@@ -154,7 +155,8 @@ fn check(message: &Message) -> Result<(), WireError> {
             limit("hello.host.side_socket", hello.host.side_socket.len(), MAX_TEXT)
         }
         Message::Auth { mac } => limit("auth.mac", mac.len(), MAX_PROOF),
-        Message::Offers { offers } => {
+        Message::Offers { session, offers } => {
+            limit("offers.session", session.len(), MAX_PROOF)?;
             limit("offers", offers.len(), MAX_OFFERS)?;
             offers.iter().try_for_each(|o| {
                 limit("offer.transport", o.transport.len(), MAX_TEXT)?;
@@ -183,6 +185,7 @@ fn check(message: &Message) -> Result<(), WireError> {
         | Message::Revoke { text, .. }
         | Message::Bye { reason: text } => limit("text", text.len(), MAX_TEXT),
         Message::Welcome
+        | Message::Unexported { .. }
         | Message::Resolved { .. }
         | Message::Commit { .. }
         | Message::Committed { .. }
