@@ -1,0 +1,213 @@
+//! Regions: memory that transfers may use, allocated by kvxfer or owned by the caller.
+
+use super::agent::kvxfer_agent_t;
+use super::args::{Out, invalid, text};
+use super::handle::{borrow, into_raw, object, take};
+use super::panic::guard;
+use super::result::{KVXFER_OK, kvxfer_result_t};
+use kvxfer_core::agent::Access;
+use kvxfer_core::memory::MemoryKind;
+use kvxfer_core::{Agent, Error, ErrorCode, Memory, Region, Result};
+use parking_lot::Mutex;
+use std::ffi::{c_char, c_void};
+use std::sync::{Arc, Weak};
+
+/// Registered memory. Usable from any thread.
+pub struct kvxfer_region_t {
+    _opaque: [u8; 0],
+}
+
+/// Peers may read an exported region.
+pub const KVXFER_ACCESS_READ: u32 = 1;
+/// Peers may write an exported region.
+pub const KVXFER_ACCESS_WRITE: u32 = 2;
+/// Peers may do both.
+pub const KVXFER_ACCESS_READ_WRITE: u32 = 3;
+
+/// What a region's handle stands for.
+pub(super) struct RegionObject {
+    agent: Agent,
+    /// Empty once the handle is being freed.
+    region: Mutex<Option<Region>>,
+    /// Names it was exported under through this handle.
+    exports: Mutex<Vec<String>>,
+    /// Set for the caller's memory, which may not be given up while something still uses it.
+    foreign: Option<Weak<Memory>>,
+}
+object!(RegionObject, kvxfer_region_t, REGION);
+
+impl RegionObject {
+    fn new(agent: Agent, region: Region) -> Self {
+        let foreign =
+            (region.memory().kind() == MemoryKind::Foreign).then(|| Arc::downgrade(region.memory()));
+        Self { agent, region: Mutex::new(Some(region)), exports: Mutex::default(), foreign }
+    }
+
+    fn get(&self) -> Result<Region> {
+        self.region.lock().clone().ok_or_else(|| {
+            Error::failed(
+                ErrorCode::Closed,
+                "the region is being freed: kvxfer_region_free answered KVXFER_BUSY",
+            )
+        })
+    }
+
+    /// Gives the region up; fails while the caller's memory is still in use.
+    fn release(&self) -> Result<()> {
+        for name in self.exports.lock().drain(..) {
+            // The name may be taken back already, or the agent shut down.
+            let _ = self.agent.unexport(&name);
+        }
+        drop(self.region.lock().take());
+        still_used(self.foreign.as_ref())
+    }
+}
+
+/// Fails with `Busy` while anything keeps the caller's memory.
+pub(super) fn still_used(foreign: Option<&Weak<Memory>>) -> Result<()> {
+    if foreign.is_some_and(|memory| memory.strong_count() > 0) {
+        return Err(Error::failed(
+            ErrorCode::Busy,
+            "transfers, chunks or another region still use this memory: wait for them or cancel them, then free \
+             the handle again; keep the memory until then",
+        ));
+    }
+    Ok(())
+}
+
+pub(super) fn region(argument: &'static str, region: *const kvxfer_region_t) -> Result<Region> {
+    borrow::<RegionObject>(argument, region)?.get()
+}
+
+/// The caller's memory as the core sees it.
+///
+/// # Safety
+/// As for [`Memory::foreign`].
+pub(super) unsafe fn foreign(base: *mut c_void, length: u64) -> Result<Arc<Memory>> {
+    if base.is_null() {
+        return Err(invalid("base", "is NULL"));
+    }
+    if length == 0 || usize::try_from(length).is_ok_and(|l| base.addr().checked_add(l).is_none()) {
+        return Err(invalid("length", format!("{length} bytes from {base:p} on are not a range of memory")));
+    }
+    // SAFETY: the caller's promise.
+    unsafe { Memory::foreign(base.cast(), length as usize) }
+}
+
+/// Allocates `length` bytes of shareable memory (zeroed, huge pages where available) and registers them. Peers
+/// on the same host reach such memory fastest. The memory lives until the region and every transfer on it are
+/// gone.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_allocate(
+    agent: *mut kvxfer_agent_t,
+    length: u64,
+    region_out: *mut *mut kvxfer_region_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_allocate", || unsafe {
+        let agent = super::agent::agent(agent)?;
+        let out = Out::new("region_out", region_out)?;
+        if length == 0 || length > isize::MAX as u64 {
+            return Err(invalid("length", format!("{length} bytes cannot be allocated")));
+        }
+        let region = agent.allocate(length as usize)?;
+        out.set(into_raw(RegionObject::new(agent, region))?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Registers memory of the caller's own, `length` bytes from `base` on, readable and writable. It must stay as
+/// it is until `kvxfer_region_free` has answered `KVXFER_OK`; and peers that were allowed to reach it must be
+/// disconnected, or must have ended their transfers, before it goes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_register(
+    agent: *mut kvxfer_agent_t,
+    base: *mut c_void,
+    length: u64,
+    region_out: *mut *mut kvxfer_region_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks; the memory stays as long as `release` says it is used.
+    guard("kvxfer_region_register", || unsafe {
+        let agent = super::agent::agent(agent)?;
+        let out = Out::new("region_out", region_out)?;
+        let region = agent.register(foreign(base, length)?)?;
+        out.set(into_raw(RegionObject::new(agent, region))?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Takes the region's exports back, deregisters it and frees the handle. NULL is fine.
+///
+/// For memory of the caller's own the answer is `KVXFER_BUSY` while a transfer still uses it: the handle then
+/// stays, and is to be freed again once the transfer has ended; only after `KVXFER_OK` may the memory go.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_free(region: *mut kvxfer_region_t) -> kvxfer_result_t {
+    guard("kvxfer_region_free", || {
+        if !region.is_null() {
+            borrow::<RegionObject>("region", region)?.release()?;
+            take::<RegionObject>("region", region)?;
+        }
+        Ok(KVXFER_OK)
+    })
+}
+
+/// First byte and length of the region's memory, valid while the region lives. `length_out` may be NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_memory(
+    region: *const kvxfer_region_t,
+    base_out: *mut *mut c_void,
+    length_out: *mut u64,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_memory", || unsafe {
+        let region = self::region("region", region)?;
+        let (base, length) = (Out::new("base_out", base_out)?, Out::optional(length_out));
+        base.set(region.memory().as_ptr().cast());
+        if let Some(length) = length {
+            length.set(region.len());
+        }
+        Ok(KVXFER_OK)
+    })
+}
+
+/// The region's id, unique within its agent.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_id(
+    region: *const kvxfer_region_t,
+    id_out: *mut u64,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_id", || unsafe {
+        let region = self::region("region", region)?;
+        Out::new("id_out", id_out)?.set(region.id().0);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...` value.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_export(
+    region: *mut kvxfer_region_t,
+    name: *const c_char,
+    access: u32,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_export", || unsafe {
+        let object = borrow::<RegionObject>("region", region)?;
+        let name = text("name", name)?;
+        let access = match access {
+            KVXFER_ACCESS_READ => Access::Read,
+            KVXFER_ACCESS_WRITE => Access::Write,
+            KVXFER_ACCESS_READ_WRITE => Access::ReadWrite,
+            _ => {
+                return Err(invalid(
+                    "access",
+                    format!("{access} is none of the KVXFER_ACCESS_ values 1 to 3"),
+                ));
+            }
+        };
+        object.agent.export(&object.get()?, name, access)?;
+        object.exports.lock().push(name.to_owned());
+        Ok(KVXFER_OK)
+    })
+}

@@ -1,0 +1,926 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * kvxfer: moves LLM key/value caches between inference engines.
+ *
+ * Two layers. One-sided: an agent, its regions, a connected peer, and transfers of (local offset, remote offset, length)
+ * pieces with an outcome each. Sender and receiver: a request's chunks are reserved, written and committed by the sender, and
+ * looked up, acquired and released at the receiver.
+ *
+ * Conventions, the same for every function (docs/c-abi.md has the reasons):
+ *
+ *  - Every call that can fail returns a kvxfer_result_t; kvxfer_last_error() has the text of this thread's last failure.
+ *  - Inputs come before outputs. Outputs are written on KVXFER_OK only; the exception is the length of a buffer that was
+ *    too small (KVXFER_TOO_LARGE).
+ *  - Handles (kvxfer_..._t pointers) are opaque numbers, not addresses. Each is freed exactly once by its own _free
+ *    function; freeing NULL does nothing. A freed, doubly freed or mistyped handle is refused with
+ *    KVXFER_INVALID_ARGUMENT. Handles may be freed in any order.
+ *  - NULL is refused with KVXFER_INVALID_ARGUMENT unless the function says that it may be NULL.
+ *  - Texts are NUL-terminated UTF-8. What a call points at is only read during the call and may go afterwards, save for
+ *    registered memory.
+ *  - Structs that the caller fills or has filled begin with size_t struct_size: set it to sizeof the struct, and everything
+ *    else to zero. Programs built against older and newer headers keep working.
+ *  - Time-outs are milliseconds, at most KVXFER_MAX_TIMEOUT_MS; UINT64_MAX is refused, because everything ends. 0 asks
+ *    without waiting, or means "as configured" where the function says so.
+ *  - Every function may be called from any thread at any time, on the same handle too.
+ *  - After fork(), a child of a process that has made a handle gets KVXFER_CLOSED from every call; its parent is not affected.
+ *  - No panic and no exception crosses this interface (KVXFER_PANIC reports a bug); no signal handler is installed.
+ */
+
+
+#ifndef KVXFER_H
+#define KVXFER_H
+
+/* Generated from ffi/c by cbindgen; `make header` writes it again. Do not edit. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+// Major version of this header; the library's is `kvxfer_version()`.
+#define KVXFER_VERSION_MAJOR 0
+
+// Minor version of this header.
+#define KVXFER_VERSION_MINOR 1
+
+// Patch version of this header.
+#define KVXFER_VERSION_PATCH 0
+
+// Version of the binary interface: the number in the SONAME, `libkvxfer.so.0`. Compare with
+// `kvxfer_abi_version()`.
+#define KVXFER_ABI_VERSION 0
+
+// Largest time-out or deadline, in milliseconds: one year. `UINT64_MAX` ("for ever") is refused like anything
+// above.
+#define KVXFER_MAX_TIMEOUT_MS 31536000000
+
+// Level of checking as configured, by default by transport.
+#define KVXFER_INTEGRITY_DEFAULT 0
+
+// Nothing beside the protocol's own bookkeeping.
+#define KVXFER_INTEGRITY_OFF 1
+
+// Request, key, length and page generation, plus sampled cache lines.
+#define KVXFER_INTEGRITY_BOUND 2
+
+// Every byte.
+#define KVXFER_INTEGRITY_FULL 3
+
+// Flag: overlay the `KVXFER_*` environment variables over the configuration given.
+#define KVXFER_CONFIG_ENVIRONMENT 1
+
+// Peers may read an exported region.
+#define KVXFER_ACCESS_READ 1
+
+// Peers may write an exported region.
+#define KVXFER_ACCESS_WRITE 2
+
+// Peers may do both.
+#define KVXFER_ACCESS_READ_WRITE 3
+
+// The best transport that reaches both regions.
+#define KVXFER_TRANSPORT_ANY 0
+
+// Inside one process.
+#define KVXFER_TRANSPORT_INPROC 1
+
+// Shared memory on one host.
+#define KVXFER_TRANSPORT_SHM 2
+
+// `process_vm_writev` on one host.
+#define KVXFER_TRANSPORT_CMA 3
+
+// Sockets.
+#define KVXFER_TRANSPORT_TCP 4
+
+// NIXL's plug-ins.
+#define KVXFER_TRANSPORT_NIXL 5
+
+// GPU to GPU on one host.
+#define KVXFER_TRANSPORT_CUDA_IPC 6
+
+// Longest payload of a notification, bytes: a buffer of this size always suffices.
+#define KVXFER_MAX_NOTIFICATION 4096
+
+// Longest name of an agent, region or pool, bytes without the NUL.
+#define KVXFER_MAX_NAME 128
+
+// Nothing is known of the key.
+#define KVXFER_LOOKUP_ABSENT 0
+
+// The chunk is on its way.
+#define KVXFER_LOOKUP_PENDING 1
+
+// The chunk is published: complete and checked.
+#define KVXFER_LOOKUP_PRESENT 2
+
+// Every chunk of the request is published.
+#define KVXFER_EVENT_READY 1
+
+// The request ended otherwise.
+#define KVXFER_EVENT_FAILED 2
+
+// Something failed that somebody must know.
+#define KVXFER_LOG_ERROR 1
+
+// Something is odd; work goes on.
+#define KVXFER_LOG_WARN 2
+
+// Connections, pools, requests.
+#define KVXFER_LOG_INFO 3
+
+// Steps of each.
+#define KVXFER_LOG_DEBUG 4
+
+// Every message.
+#define KVXFER_LOG_TRACE 5
+
+// One endpoint of this process: its regions, its peers and one progress thread. Usable from any thread.
+typedef struct kvxfer_agent_t kvxfer_agent_t;
+
+// A published chunk, pinned: its bytes stay as they are until the handle is freed.
+typedef struct kvxfer_chunk_t kvxfer_chunk_t;
+
+// A request whose chunks have all been handed over. Usable from any thread.
+typedef struct kvxfer_delivery_t kvxfer_delivery_t;
+
+// A connected remote agent of one epoch. Stays valid, and answers with errors, after the peer is gone.
+typedef struct kvxfer_peer_t kvxfer_peer_t;
+
+// A pool of pages open to senders. Usable from any thread.
+typedef struct kvxfer_receiver_t kvxfer_receiver_t;
+
+// Registered memory. Usable from any thread.
+typedef struct kvxfer_region_t kvxfer_region_t;
+
+// A peer's exported region.
+typedef struct kvxfer_remote_region_t kvxfer_remote_region_t;
+
+// A request under way: declared, then admitted, then written chunk by chunk.
+typedef struct kvxfer_reservation_t kvxfer_reservation_t;
+
+// A channel to one receiver's pool; reconnects by itself when the receiver was restarted. Usable from any
+// thread.
+typedef struct kvxfer_sender_t kvxfer_sender_t;
+
+// A transfer under way or finished. Usable from any thread.
+typedef struct kvxfer_transfer_t kvxfer_transfer_t;
+
+// Outcome of a call: `KVXFER_OK` or the reason for the failure. Numbers are never reused; a newer library may
+// answer with a number this header does not name, so treat an unknown one as a failure.
+typedef uint32_t kvxfer_result_t;
+
+// Settings of an agent. Set everything to zero and `struct_size` to `sizeof(kvxfer_config_t)`; then zero or
+// NULL in a field means its default. For the settings not listed here see `kvxfer_agent_new_from_yaml`.
+typedef struct kvxfer_config_t {
+  // `sizeof(kvxfer_config_t)`.
+  size_t struct_size;
+  // Name of the agent, stable over restarts; default `host-pid`.
+  const char *name;
+  // Addresses to listen on, `tcp://127.0.0.1:7300` (port 0 picks one) or `unix:///run/kvxfer.sock`; default
+  // none.
+  const char *const *listen;
+  // Number of addresses in `listen`.
+  size_t listen_count;
+  // Pre-shared key: bytes; when set, every control connection must prove that it holds the same.
+  const uint8_t *auth_key;
+  // Length of `auth_key` in bytes.
+  size_t auth_key_length;
+  // Allow only these transports, in this order (`inproc`, `shm`, `cma`, `tcp`, `nixl`, `cuda_ipc`); default
+  // all.
+  const char *const *allow;
+  // Number of names in `allow`.
+  size_t allow_count;
+  // Never use these transports.
+  const char *const *forbid;
+  // Number of names in `forbid`.
+  size_t forbid_count;
+  // At least one of these must carry a peer's bytes or connecting fails: transports, `nvlink`, `rdma` or
+  // `same_host`.
+  const char *const *require;
+  // Number of names in `require`.
+  size_t require_count;
+  // `KVXFER_INTEGRITY_...`.
+  uint32_t integrity;
+  // `KVXFER_CONFIG_...` flags, or 0.
+  uint32_t flags;
+  // Deadline of a connection attempt with its handshake, milliseconds.
+  uint64_t connect_timeout_ms;
+  // Deadline of a transfer that states none, milliseconds.
+  uint64_t transfer_timeout_ms;
+  // A peer silent for this long is gone, milliseconds.
+  uint64_t peer_timeout_ms;
+} kvxfer_config_t;
+
+// One contiguous run of bytes to move.
+typedef struct kvxfer_piece_t {
+  // Offset in the local region, bytes.
+  uint64_t local_offset;
+  // Offset in the remote region, bytes.
+  uint64_t remote_offset;
+  // Length, bytes; not zero.
+  uint64_t length;
+} kvxfer_piece_t;
+
+// What a transfer may be told beside its pieces. Zero or NULL in a field means its default.
+typedef struct kvxfer_transfer_options_t {
+  // `sizeof(kvxfer_transfer_options_t)`.
+  size_t struct_size;
+  // Ends the transfer with `KVXFER_TIMED_OUT`; milliseconds, 0: as configured.
+  uint64_t timeout_ms;
+  // Sent to the peer once every byte has landed, and only then; at most `KVXFER_MAX_NOTIFICATION` bytes.
+  const void *notify;
+  // Length of `notify` in bytes; 0 with a pointer that is not NULL sends an empty notification.
+  size_t notify_length;
+  // `KVXFER_INTEGRITY_...`.
+  uint32_t integrity;
+  // `KVXFER_TRANSPORT_...`; `KVXFER_UNSUPPORTED` when that one does not reach both regions.
+  uint32_t transport;
+} kvxfer_transfer_options_t;
+
+// How a transfer went. Set `struct_size` before the call.
+typedef struct kvxfer_transfer_report_t {
+  // `sizeof(kvxfer_transfer_report_t)`, set by the caller.
+  size_t struct_size;
+  // `KVXFER_OK`, or the first failure.
+  kvxfer_result_t result;
+  // `KVXFER_TRANSPORT_...`: what carried the bytes.
+  uint32_t transport;
+  // Bytes moved.
+  uint64_t bytes;
+  // Pieces in all.
+  uint64_t pieces;
+  // Pieces that failed.
+  uint64_t failed;
+  // From submission to the last outcome, nanoseconds.
+  uint64_t duration_ns;
+} kvxfer_transfer_report_t;
+
+// What the two sides of a pool must agree on; compared field by field when a sender connects. Zero or NULL
+// means "not stated" and is compared like any other value.
+typedef struct kvxfer_geometry_t {
+  // `sizeof(kvxfer_geometry_t)`.
+  size_t struct_size;
+  // Fingerprint or name of the model.
+  const char *model;
+  // Element type, e.g. `bfloat16`.
+  const char *dtype;
+  // Layout of a chunk, e.g. `KV_2LTD`.
+  const char *layout;
+  // What the engine's content hashes depend on beside the content (Python: `PYTHONHASHSEED`).
+  const char *hash_seed;
+  // Bytes of one page: a full chunk's keys and values of this rank. Not zero.
+  uint64_t page_bytes;
+  // Tokens of a full chunk.
+  uint32_t chunk_tokens;
+  // Transformer layers held by this rank.
+  uint32_t layers;
+  // KV heads held by this rank.
+  uint32_t kv_heads;
+  // Elements per head.
+  uint32_t head_dim;
+  // Tensor-parallel rank.
+  uint32_t tp_rank;
+  // Tensor-parallel size.
+  uint32_t tp_size;
+} kvxfer_geometry_t;
+
+// Settings of a pool. Zero or NULL in a field means its default, where there is one.
+typedef struct kvxfer_receiver_config_t {
+  // `sizeof(kvxfer_receiver_config_t)`.
+  size_t struct_size;
+  // Name senders attach to; default `kv`.
+  const char *pool;
+  // What the pages hold; needed.
+  const struct kvxfer_geometry_t *geometry;
+  // Number of pages; needed.
+  uint32_t pages;
+  // Longest queue of requests that wait for pages.
+  uint32_t max_queue;
+  // A sender that neither commits nor renews for this long loses its lease, milliseconds.
+  uint64_t lease_ms;
+  // A request not admitted for this long is refused, milliseconds.
+  uint64_t admission_timeout_ms;
+  // A published chunk nobody has acquired is dropped after this long, milliseconds.
+  uint64_t retention_ms;
+  // Memory of the caller's own for the pages; NULL: allocated by kvxfer, which peers on the same host reach
+  // fastest. It must stay until `kvxfer_receiver_free` has answered `KVXFER_OK`.
+  void *memory;
+  // Length of `memory`, at least `pages * page_bytes`.
+  uint64_t memory_length;
+} kvxfer_receiver_config_t;
+
+// What happened to a request. Set `struct_size` before the call.
+typedef struct kvxfer_receiver_event_t {
+  // `sizeof(kvxfer_receiver_event_t)`, set by the caller.
+  size_t struct_size;
+  // `KVXFER_EVENT_...`.
+  uint32_t kind;
+  // `KVXFER_OK`, or why the request failed.
+  kvxfer_result_t result;
+  // Name of the sender's agent, NUL-terminated.
+  char sender[136];
+  // The request's id, NUL-terminated.
+  char request[264];
+  // The failure in words, NUL-terminated, cut when longer.
+  char text[512];
+} kvxfer_receiver_event_t;
+
+// Pages by state, and the queue. Set `struct_size` before the call.
+typedef struct kvxfer_pool_stats_t {
+  // `sizeof(kvxfer_pool_stats_t)`, set by the caller.
+  size_t struct_size;
+  // All pages.
+  uint32_t pages;
+  // Free pages.
+  uint32_t free_pages;
+  // Granted and being written.
+  uint32_t writing;
+  // Published.
+  uint32_t published;
+  // Published and pinned.
+  uint32_t pinned;
+  // Waiting until no write can land any more.
+  uint32_t quarantined;
+  // Requests waiting for pages.
+  uint32_t queued;
+  // Requests admitted and not ended.
+  uint32_t active;
+} kvxfer_pool_stats_t;
+
+// Settings of a sender. Zero or NULL in a field means its default, where there is one.
+typedef struct kvxfer_sender_config_t {
+  // `sizeof(kvxfer_sender_config_t)`.
+  size_t struct_size;
+  // The receiver's pool; default `kv`.
+  const char *pool;
+  // Must equal the receiver's; needed.
+  const struct kvxfer_geometry_t *geometry;
+  // Deadline of a request that states none, admission included, milliseconds.
+  uint64_t request_timeout_ms;
+  // `KVXFER_INTEGRITY_...`.
+  uint32_t integrity;
+  // Zero.
+  uint32_t reserved;
+} kvxfer_sender_config_t;
+
+// One chunk of a request.
+typedef struct kvxfer_chunk_spec_t {
+  // Content key, made by the engine; equal keys mean equal bytes.
+  const char *key;
+  // Valid bytes; at most a page.
+  uint64_t length;
+} kvxfer_chunk_spec_t;
+
+// A run of bytes of a region.
+typedef struct kvxfer_run_t {
+  // Offset in the region, bytes.
+  uint64_t offset;
+  // Length, bytes; not zero.
+  uint64_t length;
+} kvxfer_run_t;
+
+// One chunk of a request with the place of its bytes: runs of a region, concatenated. Their sum is the
+// chunk's length.
+typedef struct kvxfer_chunk_source_t {
+  // Content key.
+  const char *key;
+  // The region.
+  const struct kvxfer_region_t *region;
+  // The runs, in the order of the chunk's bytes.
+  const struct kvxfer_run_t *runs;
+  // Number of runs.
+  size_t run_count;
+} kvxfer_chunk_source_t;
+
+// How a request went. Set `struct_size` before the call.
+typedef struct kvxfer_delivery_report_t {
+  // `sizeof(kvxfer_delivery_report_t)`, set by the caller.
+  size_t struct_size;
+  // Bytes that crossed; chunks already present do not.
+  uint64_t bytes;
+  // Wait for admission, nanoseconds.
+  uint64_t queued_ns;
+  // From admission to the receiver's word that all is published, nanoseconds.
+  uint64_t moved_ns;
+  // Chunks written.
+  uint32_t written;
+  // Chunks that were there already.
+  uint32_t present;
+  // `KVXFER_TRANSPORT_...`: what carried the bytes.
+  uint32_t transport;
+  // Zero.
+  uint32_t reserved;
+} kvxfer_delivery_report_t;
+
+// Receives one message: its level (`KVXFER_LOG_...`), the module it came from, the text, and the `context`
+// given when it was installed. Called from any thread, also from kvxfer's own, and from several at once. The
+// texts are valid during the call only. It must not block for long, throw or unwind; messages that kvxfer
+// would log because of calls made inside it are dropped.
+typedef void (*kvxfer_log_callback_t)(uint32_t level, const char *target, const char *message, void *context);
+
+// The operation succeeded.
+#define KVXFER_OK 0
+
+// An argument is malformed: NULL, a freed handle, empty, too long, or self-contradictory.
+#define KVXFER_INVALID_ARGUMENT 1
+
+// Nothing of that name or key exists here (now). Retryable.
+#define KVXFER_NOT_FOUND 2
+
+// The deadline passed first. Retryable.
+#define KVXFER_TIMED_OUT 3
+
+// Cancelled by the caller or by the peer. Retryable.
+#define KVXFER_CANCELLED 4
+
+// The peer ended or was replaced by a newer epoch while the operation was under way. Retryable.
+#define KVXFER_PEER_GONE 5
+
+// The peer cannot be reached: refused, no route, name not resolved. Retryable.
+#define KVXFER_UNREACHABLE 6
+
+// Both sides differ in version, geometry, page size, model or dtype.
+#define KVXFER_MISMATCH 7
+
+// The peer did not prove that it holds the pre-shared key.
+#define KVXFER_UNAUTHENTICATED 8
+
+// An offset and length do not lie inside the region or page.
+#define KVXFER_OUT_OF_RANGE 9
+
+// No capacity now: pool, queue or window is full. Retryable.
+#define KVXFER_NO_CAPACITY 10
+
+// It can never fit: larger than the pool, the frame limit, the page, or the caller's buffer.
+#define KVXFER_TOO_LARGE 11
+
+// Bytes arrived damaged; nothing was published. Retryable.
+#define KVXFER_CORRUPT 12
+
+// A library, driver or kernel feature is absent or of another version.
+#define KVXFER_NOT_AVAILABLE 13
+
+// The transport failed underneath. Retryable.
+#define KVXFER_TRANSPORT 14
+
+// The peer sent something that the protocol does not allow.
+#define KVXFER_PROTOCOL 15
+
+// The address or port is in use. Retryable.
+#define KVXFER_ADDRESS_IN_USE 16
+
+// The operating system refused; the text carries its errno. Retryable.
+#define KVXFER_SYSTEM 17
+
+// The agent or channel is shut down, or this process was forked from the one that made the handle.
+#define KVXFER_CLOSED 18
+
+// A panic was caught at the C boundary: a bug in kvxfer, please report it.
+#define KVXFER_PANIC 19
+
+// The handle is in use and cannot be freed or changed now. Retryable.
+#define KVXFER_BUSY 20
+
+// This transport, memory kind, option or struct version cannot do that.
+#define KVXFER_UNSUPPORTED 21
+
+// The page, grant or lease is of an earlier generation. Retryable.
+#define KVXFER_STALE 22
+
+// Still under way. Retryable.
+#define KVXFER_IN_PROGRESS 23
+
+// A configured transport requirement is not met.
+#define KVXFER_REQUIREMENT 24
+
+// A peer answered with a number that this version does not know.
+#define KVXFER_UNKNOWN 65535
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// Version of the loaded library, e.g. `"0.1.0"`. Static: never to be freed.
+const char *kvxfer_version(void);
+
+// Version of the loaded library's binary interface. A program that loads the library by hand compares it with
+// `KVXFER_ABI_VERSION`; a linked one is protected by the SONAME.
+uint32_t kvxfer_abi_version(void);
+
+// True when the library was **built** with that feature: `"nixl"` or `"cuda"`. Whether the machine offers it
+// is a question for run time (`kvxfer doctor`). False for NULL and unknown names.
+bool kvxfer_has_feature(const char *name);
+
+// Number of handles this process has been given and has not freed, of all types: 0 after a clean shutdown.
+// For leak checks in tests.
+uint64_t kvxfer_live_handles(void);
+
+// Short name of a result, e.g. `"timed_out"`, for logs and metrics. Never NULL, never to be freed; a number
+// this version does not know is `"unknown"`.
+const char *kvxfer_result_name(kvxfer_result_t result);
+
+// True when the same call may succeed later or with another peer; false when repeating it cannot help (and for
+// `KVXFER_OK`).
+bool kvxfer_result_is_retryable(kvxfer_result_t result);
+
+// Text for humans of the last call that failed **on this thread**: which function, which argument, which
+// value and what to do about it. Never NULL; empty when nothing has failed yet. Calls that succeed leave it
+// as it is. The pointer is valid until the next call that fails on this thread.
+const char *kvxfer_last_error(void);
+
+// Starts an agent: its listeners are bound and its progress thread runs when this returns.
+//
+// `config` may be NULL for the defaults (no listener, every transport). Free it with `kvxfer_agent_free`.
+kvxfer_result_t kvxfer_agent_new(const struct kvxfer_config_t *config, struct kvxfer_agent_t **agent_out);
+
+// Starts an agent from YAML text, in which every setting can be stated (`docs/c-abi.md` lists them); unknown
+// keys are errors. `flags` is 0 or `KVXFER_CONFIG_ENVIRONMENT`.
+kvxfer_result_t kvxfer_agent_new_from_yaml(const char *yaml,
+                                           uint32_t flags,
+                                           struct kvxfer_agent_t **agent_out);
+
+// Starts an agent from JSON text; as `kvxfer_agent_new_from_yaml`.
+kvxfer_result_t kvxfer_agent_new_from_json(const char *json,
+                                           uint32_t flags,
+                                           struct kvxfer_agent_t **agent_out);
+
+// Starts an agent from the defaults and the `KVXFER_*` environment variables.
+kvxfer_result_t kvxfer_agent_new_from_env(struct kvxfer_agent_t **agent_out);
+
+// Shuts the agent down (waiting at most 5 s for its transfers to end) and frees the handle, whatever the
+// result, unless that is `KVXFER_INVALID_ARGUMENT`. NULL is fine. Handles made from this agent stay valid,
+// answer `KVXFER_CLOSED`, and are still to be freed.
+kvxfer_result_t kvxfer_agent_free(struct kvxfer_agent_t *agent);
+
+// Ends everything in order: transfers are cancelled, peers told, the thread joined. Further calls on the
+// agent and on what was made from it answer `KVXFER_CLOSED`; the handle is still to be freed.
+kvxfer_result_t kvxfer_agent_shutdown(struct kvxfer_agent_t *agent, uint64_t timeout_ms);
+
+// The agent's name as NUL-terminated text; `KVXFER_MAX_NAME + 1` bytes are enough. `*length_out` is its
+// length without the NUL, also when the answer is `KVXFER_TOO_LARGE`; with `buffer` NULL and `capacity` 0
+// only the length is told.
+kvxfer_result_t kvxfer_agent_name(const struct kvxfer_agent_t *agent,
+                                  char *buffer,
+                                  size_t capacity,
+                                  size_t *length_out);
+
+// The agent's epoch: new at each start, and larger than the one before.
+kvxfer_result_t kvxfer_agent_epoch(const struct kvxfer_agent_t *agent, uint64_t *epoch_out);
+
+// Address number `index` the agent listens on, with the real port where 0 was asked for; `KVXFER_NOT_FOUND`
+// past the last. The buffer is used as in `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_agent_address(const struct kvxfer_agent_t *agent,
+                                     size_t index,
+                                     char *buffer,
+                                     size_t capacity,
+                                     size_t *length_out);
+
+// Names of the connected peers, one a line. The buffer is used as in `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_agent_peers(const struct kvxfer_agent_t *agent,
+                                   char *buffer,
+                                   size_t capacity,
+                                   size_t *length_out);
+
+// Takes back the export of a region; peers' later transfers on it fail.
+kvxfer_result_t kvxfer_agent_unexport(struct kvxfer_agent_t *agent, const char *name);
+
+// Allocates `length` bytes of shareable memory (zeroed, huge pages where available) and registers them. Peers
+// on the same host reach such memory fastest. The memory lives until the region and every transfer on it are
+// gone.
+kvxfer_result_t kvxfer_region_allocate(struct kvxfer_agent_t *agent,
+                                       uint64_t length,
+                                       struct kvxfer_region_t **region_out);
+
+// Registers memory of the caller's own, `length` bytes from `base` on, readable and writable. It must stay as
+// it is until `kvxfer_region_free` has answered `KVXFER_OK`; and peers that were allowed to reach it must be
+// disconnected, or must have ended their transfers, before it goes.
+kvxfer_result_t kvxfer_region_register(struct kvxfer_agent_t *agent,
+                                       void *base,
+                                       uint64_t length,
+                                       struct kvxfer_region_t **region_out);
+
+// Takes the region's exports back, deregisters it and frees the handle. NULL is fine.
+//
+// For memory of the caller's own the answer is `KVXFER_BUSY` while a transfer still uses it: the handle then
+// stays, and is to be freed again once the transfer has ended; only after `KVXFER_OK` may the memory go.
+kvxfer_result_t kvxfer_region_free(struct kvxfer_region_t *region);
+
+// First byte and length of the region's memory, valid while the region lives. `length_out` may be NULL.
+kvxfer_result_t kvxfer_region_memory(const struct kvxfer_region_t *region,
+                                     void **base_out,
+                                     uint64_t *length_out);
+
+// The region's id, unique within its agent.
+kvxfer_result_t kvxfer_region_id(const struct kvxfer_region_t *region, uint64_t *id_out);
+
+// Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...` value.
+kvxfer_result_t kvxfer_region_export(struct kvxfer_region_t *region,
+                                     const char *name,
+                                     uint32_t access);
+
+// Connects to a listening agent, `tcp://host:port` or `unix:///path`. A peer that is connected already under
+// the same address and still up is returned as it is, with a handle of its own. `KVXFER_MISMATCH`,
+// `KVXFER_UNAUTHENTICATED`, `KVXFER_UNREACHABLE`, `KVXFER_REQUIREMENT` and `KVXFER_TIMED_OUT` are the usual
+// failures.
+kvxfer_result_t kvxfer_agent_connect(struct kvxfer_agent_t *agent,
+                                     const char *address,
+                                     uint64_t timeout_ms,
+                                     struct kvxfer_peer_t **peer_out);
+
+// The connected peer of that name, whichever side opened the connection; `KVXFER_NOT_FOUND` when there is
+// none.
+kvxfer_result_t kvxfer_agent_peer(const struct kvxfer_agent_t *agent,
+                                  const char *name,
+                                  struct kvxfer_peer_t **peer_out);
+
+// Frees the handle; the connection stays (see `kvxfer_peer_disconnect`). NULL is fine.
+kvxfer_result_t kvxfer_peer_free(struct kvxfer_peer_t *peer);
+
+// Removes the peer: the connection is closed and transfers under way end with `KVXFER_PEER_GONE`. The handle
+// is still to be freed.
+kvxfer_result_t kvxfer_peer_disconnect(struct kvxfer_peer_t *peer);
+
+// The peer's name. The buffer is used as in `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_peer_name(const struct kvxfer_peer_t *peer,
+                                 char *buffer,
+                                 size_t capacity,
+                                 size_t *length_out);
+
+// The peer's epoch; another one means another process.
+kvxfer_result_t kvxfer_peer_epoch(const struct kvxfer_peer_t *peer, uint64_t *epoch_out);
+
+// `*state_out` becomes `KVXFER_OK` while the peer is connected, and the reason once it is gone.
+kvxfer_result_t kvxfer_peer_state(const struct kvxfer_peer_t *peer, kvxfer_result_t *state_out);
+
+// Transports connected to the peer, best first, one a line: name, tab, description (address, streams,
+// protocol underneath). The buffer is used as in `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_peer_paths(const struct kvxfer_peer_t *peer,
+                                  char *buffer,
+                                  size_t capacity,
+                                  size_t *length_out);
+
+// Sends a notification without data, at most `KVXFER_MAX_NOTIFICATION` bytes. Does not block.
+kvxfer_result_t kvxfer_peer_notify(struct kvxfer_peer_t *peer, const void *payload, size_t length);
+
+// Looks up a region the peer exports; `KVXFER_NOT_FOUND` when there is none of that name. Free it with
+// `kvxfer_remote_region_free`.
+kvxfer_result_t kvxfer_peer_region(struct kvxfer_peer_t *peer,
+                                   const char *name,
+                                   uint64_t timeout_ms,
+                                   struct kvxfer_remote_region_t **remote_region_out);
+
+// Frees the handle; transfers under way keep what they need. NULL is fine.
+kvxfer_result_t kvxfer_remote_region_free(struct kvxfer_remote_region_t *remote_region);
+
+// Length of the remote region in bytes.
+kvxfer_result_t kvxfer_remote_region_length(const struct kvxfer_remote_region_t *remote_region,
+                                            uint64_t *length_out);
+
+// Names of the transports that reach the remote region, best first, one a line. The buffer is used as in
+// `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_remote_region_transports(const struct kvxfer_remote_region_t *remote_region,
+                                                char *buffer,
+                                                size_t capacity,
+                                                size_t *length_out);
+
+// Starts moving `count` pieces from the local region to the peer's. Does not block; a small transfer may be
+// finished on return. `options` may be NULL. Ranges are checked before anything moves: `KVXFER_OUT_OF_RANGE`
+// names the piece. Free the transfer with `kvxfer_transfer_free`.
+kvxfer_result_t kvxfer_peer_write(struct kvxfer_peer_t *peer,
+                                  const struct kvxfer_region_t *local,
+                                  const struct kvxfer_remote_region_t *remote,
+                                  const struct kvxfer_piece_t *pieces,
+                                  size_t count,
+                                  const struct kvxfer_transfer_options_t *options,
+                                  struct kvxfer_transfer_t **transfer_out);
+
+// Starts moving `count` pieces from the peer's region to the local one; otherwise as `kvxfer_peer_write`.
+kvxfer_result_t kvxfer_peer_read(struct kvxfer_peer_t *peer,
+                                 const struct kvxfer_region_t *local,
+                                 const struct kvxfer_remote_region_t *remote,
+                                 const struct kvxfer_piece_t *pieces,
+                                 size_t count,
+                                 const struct kvxfer_transfer_options_t *options,
+                                 struct kvxfer_transfer_t **transfer_out);
+
+// How the transfer stands: `KVXFER_IN_PROGRESS`, or once it has ended `KVXFER_OK` or its first failure. Never
+// blocks.
+kvxfer_result_t kvxfer_transfer_poll(const struct kvxfer_transfer_t *transfer);
+
+// Waits for the end and answers as `kvxfer_transfer_poll`; `KVXFER_IN_PROGRESS` when `timeout_ms` passes
+// first: the transfer then goes on until its own deadline, which is what `KVXFER_TIMED_OUT` stands for.
+kvxfer_result_t kvxfer_transfer_wait(const struct kvxfer_transfer_t *transfer, uint64_t timeout_ms);
+
+// Asks the transfer to end. `KVXFER_OK`: it has ended, and no byte changes any more. `KVXFER_IN_PROGRESS`:
+// not yet; wait for it.
+kvxfer_result_t kvxfer_transfer_cancel(struct kvxfer_transfer_t *transfer);
+
+// Outcomes of `count` pieces from number `first` on: `KVXFER_OK`, `KVXFER_IN_PROGRESS` or why the piece
+// failed. `KVXFER_OUT_OF_RANGE` when the transfer has fewer pieces.
+kvxfer_result_t kvxfer_transfer_outcomes(const struct kvxfer_transfer_t *transfer,
+                                         size_t first,
+                                         size_t count,
+                                         kvxfer_result_t *outcomes_out);
+
+// How the transfer went, once it has ended; `KVXFER_IN_PROGRESS` before.
+kvxfer_result_t kvxfer_transfer_report(const struct kvxfer_transfer_t *transfer,
+                                       struct kvxfer_transfer_report_t *report_out);
+
+// The transfer's id, unique within its agent, as logs show it.
+kvxfer_result_t kvxfer_transfer_id(const struct kvxfer_transfer_t *transfer, uint64_t *id_out);
+
+// Frees the handle. A transfer still under way goes on by itself: it is not cancelled. NULL is fine.
+kvxfer_result_t kvxfer_transfer_free(struct kvxfer_transfer_t *transfer);
+
+// Name of a `KVXFER_TRANSPORT_...` number, e.g. `"shm"`; `"any"` for 0 and `"unknown"` for others. Static,
+// never NULL.
+const char *kvxfer_transport_name(uint32_t transport);
+
+// Takes the next notification, if one is there; `KVXFER_NOT_FOUND` otherwise. Never blocks.
+//
+// `peer_out` (may be NULL) becomes the sender's name, NUL-terminated; it holds at least `KVXFER_MAX_NAME + 1`
+// bytes. A payload longer than `capacity` is kept: the answer is `KVXFER_TOO_LARGE`, and `*length_out` tells
+// its length.
+kvxfer_result_t kvxfer_agent_try_notification(struct kvxfer_agent_t *agent,
+                                              char *peer_out,
+                                              size_t peer_capacity,
+                                              void *payload_out,
+                                              size_t capacity,
+                                              size_t *length_out);
+
+// Waits for the next notification; `KVXFER_TIMED_OUT` when none came in `timeout_ms`. Otherwise as
+// `kvxfer_agent_try_notification`.
+kvxfer_result_t kvxfer_agent_wait_notification(struct kvxfer_agent_t *agent,
+                                               uint64_t timeout_ms,
+                                               char *peer_out,
+                                               size_t peer_capacity,
+                                               void *payload_out,
+                                               size_t capacity,
+                                               size_t *length_out);
+
+// A descriptor that is readable while something has happened since `kvxfer_agent_clear_event`: a transfer
+// ended or a notification came. It belongs to the agent: poll it, do not read or close it, and take it out of
+// your epoll set before freeing the agent.
+kvxfer_result_t kvxfer_agent_event_fd(const struct kvxfer_agent_t *agent, int *fd_out);
+
+// Makes the event descriptor unreadable until the next event. Call it **before** looking at transfers and
+// notifications, so that nothing is missed in between.
+kvxfer_result_t kvxfer_agent_clear_event(struct kvxfer_agent_t *agent);
+
+// The agent's metrics in Prometheus text format. The buffer is used as in `kvxfer_agent_name`; the text may
+// grow between two calls, so ask for some more room than the length told.
+kvxfer_result_t kvxfer_agent_metrics(const struct kvxfer_agent_t *agent,
+                                     char *buffer,
+                                     size_t capacity,
+                                     size_t *length_out);
+
+// Opens a pool to senders, in memory allocated by kvxfer or in the caller's (`config->memory`). Free it with
+// `kvxfer_receiver_free`.
+kvxfer_result_t kvxfer_receiver_new(struct kvxfer_agent_t *agent,
+                                    const struct kvxfer_receiver_config_t *config,
+                                    struct kvxfer_receiver_t **receiver_out);
+
+// Refuses new requests, ends the ones under way and waits until the pages are quiet. The handle is still to
+// be freed.
+kvxfer_result_t kvxfer_receiver_close(struct kvxfer_receiver_t *receiver, uint64_t timeout_ms);
+
+// Frees the handle; senders are told. Chunks acquired before stay valid. NULL is fine. For memory of the
+// caller's own the answer is `KVXFER_BUSY` while something still uses it, as for `kvxfer_region_free`: close
+// the pool, free its chunks, and free it again.
+kvxfer_result_t kvxfer_receiver_free(struct kvxfer_receiver_t *receiver);
+
+// What is known of a key now: `*state_out` becomes a `KVXFER_LOOKUP_...` value, and `*length_out` (may be NULL)
+// the chunk's valid bytes, 0 unless it is present.
+kvxfer_result_t kvxfer_receiver_lookup(const struct kvxfer_receiver_t *receiver,
+                                       const char *key,
+                                       uint32_t *state_out,
+                                       uint64_t *length_out);
+
+// Pins a published chunk; `KVXFER_IN_PROGRESS` while it is being written, `KVXFER_NOT_FOUND` when unknown.
+// Free the chunk with `kvxfer_chunk_free` soon: its page cannot be used for another until then.
+kvxfer_result_t kvxfer_receiver_acquire(struct kvxfer_receiver_t *receiver,
+                                        const char *key,
+                                        struct kvxfer_chunk_t **chunk_out);
+
+// Drops a published chunk; its page is free once the last pin is gone. `KVXFER_NOT_FOUND` when there was none.
+kvxfer_result_t kvxfer_receiver_remove(struct kvxfer_receiver_t *receiver,
+                                       const char *key);
+
+// Waits until the request has ended: `KVXFER_OK` when every chunk is published, its failure otherwise;
+// `KVXFER_TIMED_OUT` when `timeout_ms` passes first.
+kvxfer_result_t kvxfer_receiver_wait_request(const struct kvxfer_receiver_t *receiver,
+                                             const char *request,
+                                             uint64_t timeout_ms);
+
+// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
+kvxfer_result_t kvxfer_receiver_next_event(struct kvxfer_receiver_t *receiver,
+                                           uint64_t timeout_ms,
+                                           struct kvxfer_receiver_event_t *event_out);
+
+// Pages by state, and the queue.
+kvxfer_result_t kvxfer_receiver_stats(const struct kvxfer_receiver_t *receiver,
+                                      struct kvxfer_pool_stats_t *stats_out);
+
+// First byte and length of the pool's memory, valid while the receiver lives; page `i` begins at `i *
+// page_bytes`. Read a page only while you hold its chunk. `length_out` may be NULL.
+kvxfer_result_t kvxfer_receiver_memory(const struct kvxfer_receiver_t *receiver,
+                                       void **base_out,
+                                       uint64_t *length_out);
+
+// First byte and number of valid bytes of the chunk; they stay as they are until `kvxfer_chunk_free`.
+kvxfer_result_t kvxfer_chunk_data(const struct kvxfer_chunk_t *chunk,
+                                  const void **data_out,
+                                  uint64_t *length_out);
+
+// Number of the chunk's page, and the offset of its first byte in the pool's memory (either may be NULL).
+kvxfer_result_t kvxfer_chunk_page(const struct kvxfer_chunk_t *chunk,
+                                  uint32_t *page_out,
+                                  uint64_t *offset_out);
+
+// Unpins the chunk and frees the handle; its bytes must not be looked at any more. NULL is fine.
+kvxfer_result_t kvxfer_chunk_free(struct kvxfer_chunk_t *chunk);
+
+// Connects to the receiver's agent, `tcp://host:port` or `unix:///path`, attaches to its pool and compares
+// geometries (`KVXFER_MISMATCH` names both values). Free it with `kvxfer_sender_free`.
+kvxfer_result_t kvxfer_sender_connect(struct kvxfer_agent_t *agent,
+                                      const char *address,
+                                      const struct kvxfer_sender_config_t *config,
+                                      uint64_t timeout_ms,
+                                      struct kvxfer_sender_t **sender_out);
+
+// Frees the handle; requests under way go on. NULL is fine.
+kvxfer_result_t kvxfer_sender_free(struct kvxfer_sender_t *sender);
+
+// The receiver's agent as a peer; free it with `kvxfer_peer_free`.
+kvxfer_result_t kvxfer_sender_peer(const struct kvxfer_sender_t *sender, struct kvxfer_peer_t **peer_out);
+
+// Declares a request with all its chunks. Returns at once; wait for its pages with
+// `kvxfer_reservation_wait_admitted`. `timeout_ms` is the deadline of the whole request, 0 for the sender's.
+// Free it with `kvxfer_reservation_free`.
+kvxfer_result_t kvxfer_sender_reserve(struct kvxfer_sender_t *sender,
+                                      const char *request,
+                                      const struct kvxfer_chunk_spec_t *chunks,
+                                      size_t count,
+                                      uint64_t timeout_ms,
+                                      struct kvxfer_reservation_t **reservation_out);
+
+// Reserves, writes and commits a request in one go. Returns at once: the bytes must stay until the delivery
+// has ended. `timeout_ms` as for `kvxfer_sender_reserve`. Free the delivery with `kvxfer_delivery_free`.
+kvxfer_result_t kvxfer_sender_send(struct kvxfer_sender_t *sender,
+                                   const char *request,
+                                   const struct kvxfer_chunk_source_t *chunks,
+                                   size_t count,
+                                   uint64_t timeout_ms,
+                                   struct kvxfer_delivery_t **delivery_out);
+
+// Waits until the request is admitted: all its pages at once. A refusal is the answer (`KVXFER_TOO_LARGE`,
+// `KVXFER_NO_CAPACITY`, ...); `KVXFER_TIMED_OUT` when `timeout_ms` passes first: the request then goes on
+// waiting until its own deadline.
+kvxfer_result_t kvxfer_reservation_wait_admitted(const struct kvxfer_reservation_t *reservation,
+                                                 uint64_t timeout_ms);
+
+// Writes and commits chunk number `index` from runs of `region`, whose sum is the chunk's declared length.
+// Returns at once: the bytes must stay until the delivery has ended. Call it as soon as the chunk's bytes are
+// final, while the prefill goes on; a chunk that the receiver has already costs nothing.
+kvxfer_result_t kvxfer_reservation_write(struct kvxfer_reservation_t *reservation,
+                                         size_t index,
+                                         const struct kvxfer_region_t *region,
+                                         const struct kvxfer_run_t *runs,
+                                         size_t run_count);
+
+// States that every chunk has been given to `kvxfer_reservation_write`; the rest can be waited for with the
+// delivery (free it with `kvxfer_delivery_free`). Further calls on the reservation answer `KVXFER_CLOSED`; it
+// is still to be freed.
+kvxfer_result_t kvxfer_reservation_finish(struct kvxfer_reservation_t *reservation,
+                                          struct kvxfer_delivery_t **delivery_out);
+
+// Gives the request up for the reason `why` (`KVXFER_CANCELLED`, usually). Its pages are used again once no
+// write can land. Further calls on the reservation answer `KVXFER_CLOSED`; it is still to be freed.
+kvxfer_result_t kvxfer_reservation_abort(struct kvxfer_reservation_t *reservation, kvxfer_result_t why);
+
+// Frees the handle; a reservation neither finished nor aborted is aborted. NULL is fine.
+kvxfer_result_t kvxfer_reservation_free(struct kvxfer_reservation_t *reservation);
+
+// How the request stands: `KVXFER_IN_PROGRESS`, or once it has ended `KVXFER_OK` or why it failed. Never
+// blocks.
+kvxfer_result_t kvxfer_delivery_poll(const struct kvxfer_delivery_t *delivery);
+
+// Waits for the end: `KVXFER_OK` when every chunk is published at the receiver, the reason when the request
+// failed, `KVXFER_IN_PROGRESS` when `timeout_ms` passes first. `report_out` may be NULL; it is written on
+// `KVXFER_OK` only.
+kvxfer_result_t kvxfer_delivery_wait(const struct kvxfer_delivery_t *delivery,
+                                     uint64_t timeout_ms,
+                                     struct kvxfer_delivery_report_t *report_out);
+
+// Frees the handle; a request under way goes on by itself. NULL is fine.
+kvxfer_result_t kvxfer_delivery_free(struct kvxfer_delivery_t *delivery);
+
+// Installs the callback for messages up to `max_level` (`KVXFER_LOG_...`). Once per process: a second call
+// answers `KVXFER_BUSY`. The callback and what `context` points at must stay for the rest of the process.
+kvxfer_result_t kvxfer_log_set_callback(uint32_t max_level, kvxfer_log_callback_t callback, void *context);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* KVXFER_H */

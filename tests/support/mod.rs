@@ -1,0 +1,4 @@
+//! What the tests of the C ABI share.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+pub(crate) mod header;
