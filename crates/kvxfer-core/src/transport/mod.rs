@@ -12,6 +12,7 @@
 pub mod fault;
 pub mod inproc;
 pub mod mover;
+pub mod tcp;
 pub mod tracker;
 
 pub use tracker::{Outcome, Tracker};
@@ -221,6 +222,9 @@ pub trait Transport: Send + Sync + 'static {
     fn ticket(&self, region: RegionId, memory: &Arc<Memory>) -> Result<Option<LocalTicket>>;
     /// Registers memory for use as a local side (and before the first ticket).
     fn register(&self, region: RegionId, memory: &Arc<Memory>) -> Result<()>;
+    /// What peers may do with a region from now on; `None` takes its tickets back. Before the first call, everything.
+    /// Transports whose peers reach memory without asking this side (`shm`, `cma`) cannot enforce it.
+    fn allow(&self, _region: RegionId, _access: Option<crate::agent::Access>) {}
     /// Takes a registration back. No job uses it any more.
     fn deregister(&self, region: RegionId);
     /// Connects to a peer from its offer. May take until `deadline`; never longer. Runs on the thread that called
@@ -260,6 +264,10 @@ pub trait Link: Send + Sync + 'static {
     fn close(&self);
     /// True when no write of the *peer* can reach our memory over this link any more (Contract line 2); asked after `close`.
     fn fenced(&self) -> bool;
+    /// Why the link ended by itself, when it has: every further job is refused, and the agent may connect anew.
+    fn broken(&self) -> Option<kvxfer_proto::ErrorCode> {
+        None
+    }
     /// For reports: address, protocol under it, stream count, … A `nixl` link that runs over RDMA says `rdma` in it.
     fn describe(&self) -> String;
 }
