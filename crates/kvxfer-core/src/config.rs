@@ -90,6 +90,8 @@ pub struct NixlConfig {
     pub plugin_dir: Option<PathBuf>,
     /// Backends to create, the first that can carry a transfer is used.
     pub backends: Vec<String>,
+    /// Parameters of each backend, by its name, as its plug-in documents them: `UCX: {num_workers: "2"}`.
+    pub params: std::collections::BTreeMap<String, std::collections::BTreeMap<String, String>>,
 }
 
 impl Default for AgentConfig {
@@ -122,7 +124,12 @@ impl Default for TcpConfig {
 
 impl Default for NixlConfig {
     fn default() -> Self {
-        Self { library: None, plugin_dir: None, backends: vec!["UCX".into()] }
+        Self {
+            library: None,
+            plugin_dir: None,
+            backends: vec!["UCX".into()],
+            params: std::collections::BTreeMap::new(),
+        }
     }
 }
 

@@ -12,6 +12,7 @@
 pub mod fault;
 pub mod inproc;
 pub mod mover;
+pub mod nixl;
 pub mod tcp;
 pub mod tracker;
 

@@ -1,0 +1,97 @@
+//! NIXL with as little around it as possible: the baseline that `kvxfer bench` compares the `nixl` transport with.
+//!
+//! One agent, no progress thread, one request per call, waiting by polling. Nothing is split, checked, cancelled or
+//! timed beyond the deadline of [`Bare::transfer`]. The side that is written to or read from must call
+//! [`Bare::progress`] in a loop while the other side transfers: NIXL moves some messages through its worker.
+
+use super::agent::{backend_args, create_agent, failed, register, xfer_list};
+use crate::config::NixlConfig;
+use crate::transport::{Op, Piece};
+use crate::{Error, Memory, Result};
+use nixl_sys::{Agent, Backend, MemType, NotificationMap, RegistrationHandle, XferOp};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A NIXL agent and its registrations. Not for use from several threads at once.
+pub struct Bare {
+    // Dropped in this order: registrations go before the memory they cover, the agent last.
+    registrations: Vec<RegistrationHandle>,
+    memories: Vec<Arc<Memory>>,
+    backends: Vec<Backend>,
+    agent: Agent,
+}
+
+impl Bare {
+    /// Loads NIXL if need be and makes an agent called `name` (unique among those it talks to) with the configured backends.
+    pub fn new(name: &str, config: &NixlConfig) -> Result<Self> {
+        let (agent, backends) = create_agent(name, config)?;
+        Ok(Self { registrations: Vec::new(), memories: Vec::new(), backends, agent })
+    }
+
+    /// Registers host memory; it stays registered as long as this value lives.
+    pub fn register(&mut self, memory: &Arc<Memory>) -> Result<()> {
+        let handle =
+            register(&self.agent, &self.backends, memory.as_ptr() as usize, memory.len(), MemType::Dram, 0)?;
+        self.registrations.push(handle);
+        self.memories.push(Arc::clone(memory));
+        Ok(())
+    }
+
+    /// What a peer needs to reach everything registered so far; bytes to be carried over by any means.
+    pub fn metadata(&self) -> Result<Vec<u8>> {
+        self.agent.get_local_md().map_err(|e| failed("get_local_md", &e))
+    }
+
+    /// Makes the peer behind `metadata` reachable and answers with its name.
+    pub fn connect(&mut self, metadata: &[u8]) -> Result<String> {
+        self.agent.load_remote_md(metadata).map_err(|e| failed("load_remote_md", &e))
+    }
+
+    /// Moves `pieces` between `local` (registered) and the memory that starts at `remote_address` in `peer`, with one
+    /// request, and polls until it has ended. Offsets are not checked here; NIXL refuses what is not registered.
+    pub fn transfer(
+        &self,
+        op: Op,
+        local: &Memory,
+        peer: &str,
+        remote_address: u64,
+        pieces: &[Piece],
+        timeout: Duration,
+    ) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let base = local.as_ptr() as u64;
+        let mut locals = xfer_list(MemType::Dram)?;
+        let mut remotes = xfer_list(MemType::Dram)?;
+        for piece in pieces {
+            locals.add_desc((base + piece.local_offset) as usize, piece.len as usize, 0);
+            remotes.add_desc((remote_address + piece.remote_offset) as usize, piece.len as usize, 0);
+        }
+        let args = backend_args(&self.backends)?;
+        let direction = match op {
+            Op::Write => XferOp::Write,
+            Op::Read => XferOp::Read,
+        };
+        let request = self
+            .agent
+            .create_xfer_req(direction, &locals, &remotes, peer, args.as_ref())
+            .map_err(|e| failed("create_xfer_req", &e))?;
+        let mut moving = self.agent.post_xfer_req(&request, None).map_err(|e| failed("post_xfer_req", &e))?;
+        while moving {
+            moving = !self
+                .agent
+                .get_xfer_status(&request)
+                .map_err(|e| failed("get_xfer_status", &e))?
+                .is_success();
+            if moving && Instant::now() > deadline {
+                return Err(Error::TimedOut { operation: "a bare NIXL transfer".into(), after: timeout });
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets NIXL do what peers asked for; to be called in a loop by the passive side.
+    pub fn progress(&self) -> Result<()> {
+        let mut notifications = NotificationMap::new().map_err(|e| failed("create_notif_map", &e))?;
+        self.agent.get_notifications(&mut notifications, None).map_err(|e| failed("get_notifs", &e))
+    }
+}

@@ -1,0 +1,28 @@
+//! NIXL's plug-ins (UCX by default) as a transport: `NVLink`, RDMA, sockets, whatever they carry.
+//!
+//! [`find`] loads `libnixl_capi.so` at run time; nothing of NIXL is needed to start. Without the feature `nixl` the
+//! same names exist and answer that this build is without it.
+
+mod report;
+
+#[cfg(feature = "nixl")]
+mod agent;
+#[cfg(feature = "nixl")]
+mod bare;
+#[cfg(feature = "nixl")]
+pub mod find;
+#[cfg(feature = "nixl")]
+mod probe;
+#[cfg(feature = "nixl")]
+mod symbols;
+
+#[cfg(not(feature = "nixl"))]
+mod absent;
+
+#[cfg(not(feature = "nixl"))]
+pub use absent::{Bare, probe};
+#[cfg(feature = "nixl")]
+pub use bare::Bare;
+#[cfg(feature = "nixl")]
+pub use probe::probe;
+pub use report::{BackendProbe, Probe};
