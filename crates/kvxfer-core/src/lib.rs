@@ -6,9 +6,11 @@
 //! [`channel`]s put requests, pages, leases and integrity on top.
 
 pub mod agent;
+pub mod baseline;
 pub mod channel;
 pub mod config;
 mod copy;
+pub mod cuda;
 pub mod error;
 pub mod memory;
 pub mod metrics;
