@@ -1,0 +1,212 @@
+"""Starts and stops the real thing: two vLLM servers with LMCache and a proxy between them, on this machine's CPU.
+
+    python stack.py [--mode sync|async] [--channel kvxfer|nixl]      # runs until Ctrl-C, prints where to send requests
+
+As a context manager, `Stack` leaves nothing behind: every server runs in a process group of its own that is ended with the
+block, and the kernel ends it should this process be killed.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import yaml
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODEL_NAME = "tiny"
+# One engine step takes a whole prompt of the demo: bf16 sums depend on how a prefill is cut, and tokens are compared.
+MAX_TOKENS = 8192
+START_TIMEOUT_S = 400
+
+
+def home():
+    return pathlib.Path(os.environ.get("KVXFER_E2E_HOME") or pathlib.Path.home() / ".cache" / "kvxfer-e2e")
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def cores():
+    """A core for each server, two different ones where there are two."""
+    available = sorted(os.sched_getaffinity(0))
+    return available[0], available[1 % len(available)]
+
+
+def end_with_parent():
+    """In a child, between fork and exec: SIGTERM when the parent is gone, however it went."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class Server:
+    """A child in a process group of its own, with its log."""
+
+    def __init__(self, name, command, environment, log):
+        self.name, self.log = name, log
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
+            )
+
+    def wait_healthy(self, url, deadline):
+        while True:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"{self.name} ended with status {self.process.returncode}; its log, {self.log}, ends:\n{self.tail()}")
+            try:
+                # The servers are on this machine: a proxy from the environment is of no use.
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "/health", timeout=2).close()
+                return
+            except (urllib.error.URLError, OSError):
+                pass
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not answer on {url} within {START_TIMEOUT_S} s; see {self.log}")
+            time.sleep(0.5)
+
+    def tail(self, lines=15):
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join(line[:300] for line in text[-lines:])
+
+    def stop(self):
+        for sig, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+            try:
+                os.killpg(self.process.pid, sig)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+        # Workers that outlived the server's main process.
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+class Stack:
+    """A prefiller, a decoder and a proxy. `proxy`, `prefiller` and `decoder` are base URLs once started."""
+
+    def __init__(self, mode="async", channel="kvxfer", dtype="bfloat16"):
+        self.mode, self.channel, self.dtype = mode, channel, dtype
+        self.home = home()
+        self.logs = self.home / "logs"
+        self.corrupt_marker = self.home / "run" / f"corrupt-{os.getpid()}"
+        self.servers = []
+
+    def __enter__(self):
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        self.corrupt_marker.unlink(missing_ok=True)
+        while self.servers:
+            self.servers.pop().stop()
+
+    def log(self, name):
+        return self.logs / f"{name}-{self.channel}-{self.mode}.log"
+
+    def _start(self):
+        for folder in (self.logs, self.home / "run"):
+            folder.mkdir(parents=True, exist_ok=True)
+        prefiller, decoder, proxy, init, alloc, notify = free_ports(6)
+        self.prefiller, self.decoder, self.proxy = (f"http://127.0.0.1:{p}" for p in (prefiller, decoder, proxy))
+        prefill_core, decode_core = cores()
+        self._serve("prefiller", prefiller, prefill_core, {"pd_proxy_port": notify})
+        self._serve("decoder", decoder, decode_core, {"pd_peer_init_port": init, "pd_peer_alloc_port": alloc})
+        command = [sys.executable, HERE / "proxy.py", "--port", proxy, "--notify", notify, "--init-port", init, "--alloc-port", alloc]
+        command += ["--prefiller", self.prefiller, "--decoder", self.decoder]
+        self.servers.append(Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy")))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=True):
+            server.wait_healthy(url, deadline)
+
+    def _serve(self, role, port, core, ports):
+        """Starts `vllm serve` with LMCache configured by ROLE.yaml of this folder, its ports replaced by free ones."""
+        config = yaml.safe_load((HERE / f"{role}.yaml").read_text())
+        config |= ports | {"transfer_channel": self.channel, "pd_backend_mode": self.mode}
+        if self.channel == "nixl":
+            config["nixl_backends"] = ["UCX"]
+        config_file = self.home / "run" / f"{role}-{os.getpid()}.yaml"
+        config_file.write_text(yaml.safe_dump(config))
+
+        extra = {"discard_partial_chunks": False, "lmcache_rpc_port": f"kvxfer-{role}-{os.getpid()}"}
+        if role == "decoder":
+            extra["skip_last_n_tokens"] = 1
+        connector = {
+            "kv_connector": "LMCacheConnectorCPU",
+            "kv_connector_module_path": "lmcache_cpu",
+            "kv_role": "kv_producer" if role == "prefiller" else "kv_consumer",
+            "kv_connector_extra_config": extra,
+        }
+        command = [pathlib.Path(sys.executable).parent / "vllm", "serve", self.home / "model", "--served-model-name", MODEL_NAME]
+        command += ["--host", "127.0.0.1", "--port", port, "--dtype", self.dtype, "--max-model-len", MAX_TOKENS]
+        command += ["--max-num-batched-tokens", MAX_TOKENS, "--max-num-seqs", 4, "--enforce-eager", "--no-enable-prefix-caching"]
+        command += ["--kv-transfer-config", json.dumps(connector)]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            # LMCache's chunk keys contain Python hashes: both sides need the same seed.
+            "PYTHONHASHSEED": "0",
+            "LMCACHE_CONFIG_FILE": str(config_file),
+            "LMCACHE_TRACK_USAGE": "false",
+            "VLLM_CPU_OMP_THREADS_BIND": str(core),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "KVXFER_DEMO_CORRUPT": str(self.corrupt_marker),
+        }
+        environment.setdefault("UCX_NET_DEVICES", "lo")
+        self.servers.append(Server(role, [str(a) for a in command], environment, self.log(role)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=["sync", "async"], default="async", help="LMCache's pd_backend_mode")
+    parser.add_argument("--channel", choices=["kvxfer", "nixl"], default="kvxfer", help="LMCache's transfer_channel")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    print("starting, about a minute", flush=True)
+    try:
+        with Stack(options.mode, options.channel) as stack:
+            print(f"proxy {stack.proxy}\nprefiller {stack.prefiller}\ndecoder {stack.decoder}\nlogs in {stack.logs}; Ctrl-C ends it", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()
