@@ -56,7 +56,12 @@ def run_block(channel, timed, log_folder):
                         stdout=subprocess.PIPE,
                         stderr=errors,
                         text=True,
-                        env=os.environ | {"LMCACHE_LOG_LEVEL": "WARNING", "LMCACHE_TRACK_USAGE": "false", "UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", "lo")},
+                        env=os.environ
+                        | {
+                            "LMCACHE_LOG_LEVEL": "WARNING",
+                            "LMCACHE_TRACK_USAGE": "false",
+                            "UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", "lo"),
+                        },
                         preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
                     )
                 children.append((child, log))
@@ -66,7 +71,9 @@ def run_block(channel, timed, log_folder):
                 lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"kvxfer_bench"')]
                 if child.returncode or not lines:
                     tail = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-                    raise RuntimeError(f"the {channel} channel's block ended with status {child.returncode}; {log} ends:\n{tail}")
+                    raise RuntimeError(
+                        f"the {channel} channel's block ended with status {child.returncode}; {log} ends:\n{tail}"
+                    )
                 results.append(lines[-1]["kvxfer_bench"])
         finally:
             for child, _ in children:
@@ -92,11 +99,15 @@ def free_ports(count):
 
 def table(seconds):
     """Lines for people, and the ratio of the first channel's median to the last's."""
-    lines = [f"{'channel':<10}{'reps':>5}{'best ms':>10}{'median ms':>11}{'worst ms':>10}{'GB/s (median, valid bytes)':>28}"]
+    lines = [
+        f"{'channel':<10}{'reps':>5}{'best ms':>10}{'median ms':>11}{'worst ms':>10}{'GB/s (median, valid bytes)':>28}"
+    ]
     for channel, values in seconds.items():
         ms = sorted(1e3 * v for v in values)
         median = statistics.median(ms)
-        lines.append(f"{channel:<10}{len(ms):>5}{ms[0]:>10.1f}{median:>11.1f}{ms[-1]:>10.1f}{VALID_BYTES / median / 1e6:>28.2f}")
+        lines.append(
+            f"{channel:<10}{len(ms):>5}{ms[0]:>10.1f}{median:>11.1f}{ms[-1]:>10.1f}{VALID_BYTES / median / 1e6:>28.2f}"
+        )
     medians = [statistics.median(v) for v in seconds.values()]
     return lines, medians[0] / medians[-1]
 
@@ -147,9 +158,13 @@ def child(role, channel, timed, rendezvous, ports):
     backend = PDBackend(LMCacheEngineConfig.from_defaults(**settings), metadata)
 
     def key(rep, i):
-        return CacheEngineKey(model_name="bench", world_size=1, worker_id=0, chunk_hash=rep * 1000 + i, dtype=torch.bfloat16)
+        return CacheEngineKey(
+            model_name="bench", world_size=1, worker_id=0, chunk_hash=rep * 1000 + i, dtype=torch.bfloat16
+        )
 
-    noise = torch.randint(-(2**15), 2**15, (PAGE_BYTES // 2,), generator=torch.Generator().manual_seed(7), dtype=torch.int16)
+    noise = torch.randint(
+        -(2**15), 2**15, (PAGE_BYTES // 2,), generator=torch.Generator().manual_seed(7), dtype=torch.int16
+    )
     scratch = torch.empty_like(noise)
 
     def content(rep, i, n):
@@ -185,13 +200,19 @@ def child(role, channel, timed, rendezvous, ports):
             time.sleep(0.05)
         peer = link.makefile("rw")
         spec = types.SimpleNamespace(
-            receiver_host="127.0.0.1", receiver_init_port=[init], receiver_alloc_port=[alloc], req_id="bench", is_last_prefill=False
+            receiver_host="127.0.0.1",
+            receiver_init_port=[init],
+            receiver_alloc_port=[alloc],
+            req_id="bench",
+            is_last_prefill=False,
         )
         seconds = []
         for rep in range(timed + 1):
             objects = []
             for i, n in enumerate(LENGTHS):
-                memory_object = backend.allocate(torch.Size((2, LAYERS, n, HEADS * HEAD_SIZE)), torch.bfloat16, MemoryFormat.KV_2LTD)
+                memory_object = backend.allocate(
+                    torch.Size((2, LAYERS, n, HEADS * HEAD_SIZE)), torch.bfloat16, MemoryFormat.KV_2LTD
+                )
                 if memory_object is None:
                     raise RuntimeError(f"the sender's buffer is full at chunk {i} of repetition {rep}")
                 raw(memory_object, n).copy_(content(rep, i, n))
@@ -223,7 +244,13 @@ def main():
     parser.add_argument("--ports", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(options.child, options.channels, options.reps, options.rendezvous, [int(p) for p in options.ports.split(",")])
+        child(
+            options.child,
+            options.channels,
+            options.reps,
+            options.rendezvous,
+            [int(p) for p in options.ports.split(",")],
+        )
         return
     with tempfile.TemporaryDirectory() as logs:
         seconds = measure(options.channels.split(","), options.reps, logs)
@@ -232,7 +259,9 @@ def main():
     if len(seconds) > 1:
         print(f"{' : '.join(seconds)} = {ratio:.2f}")
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps({"seconds": seconds, "valid_bytes": VALID_BYTES, "ratio": ratio}))
+        pathlib.Path(options.json).write_text(
+            json.dumps({"seconds": seconds, "valid_bytes": VALID_BYTES, "ratio": ratio})
+        )
 
 
 if __name__ == "__main__":

@@ -77,12 +77,24 @@ def write_stub(folder, library, symbols_by_version):
     symbols = sorted(set().union(*symbols_by_version.values())) if symbols_by_version else []
     source = "".join(f"int {symbol}(void) {{ return 1; }}\n" for symbol in symbols) or "int kvxfer_stub;\n"
     versions = "".join(
-        f"{version} {{ global: {'; '.join(sorted(names))}; }};\n" for version, names in symbols_by_version.items() if version
+        f"{version} {{ global: {'; '.join(sorted(names))}; }};\n"
+        for version, names in symbols_by_version.items()
+        if version
     )
     with tempfile.TemporaryDirectory() as scratch:
         source_file, version_file = pathlib.Path(scratch, "stub.c"), pathlib.Path(scratch, "versions")
         source_file.write_text(source)
-        command = ["gcc", "-shared", "-fPIC", "-w", "-fno-builtin", source_file, f"-Wl,-soname,{library}", "-o", folder / library]
+        command = [
+            "gcc",
+            "-shared",
+            "-fPIC",
+            "-w",
+            "-fno-builtin",
+            source_file,
+            f"-Wl,-soname,{library}",
+            "-o",
+            folder / library,
+        ]
         if versions:
             version_file.write_text(versions)
             command.append(f"-Wl,--version-script={version_file}")

@@ -39,7 +39,14 @@ def prompt(tokens):
 
 
 def complete(base, tokens):
-    body = {"model": MODEL_NAME, "prompt": prompt(tokens), "max_tokens": GENERATED, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = {
+        "model": MODEL_NAME,
+        "prompt": prompt(tokens),
+        "max_tokens": GENERATED,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     response = httpx.post(base + "/v1/completions", json=body, timeout=600, trust_env=False)
     if response.is_error:
         raise RuntimeError(f"{base} answered {response.status_code}: {response.text[:500]}")
@@ -70,17 +77,25 @@ def check_tokens(stack):
     failures = []
     carried = Carried(stack.log("prefiller"))
     alone_tokens = {}
-    print(f"\n{'prompt':>8} {'tokens':<16}{'carried by kvxfer':>26}{'prefill ms':>12}{'handover ms':>13}{'decode ms':>11}")
+    print(
+        f"\n{'prompt':>8} {'tokens':<16}{'carried by kvxfer':>26}{'prefill ms':>12}{'handover ms':>13}{'decode ms':>11}"
+    )
     for tokens in PROMPT_TOKENS:
         alone_tokens[tokens], _ = complete(stack.decoder, tokens)
         through, timing = complete(stack.proxy, tokens)
         total, transports = carried.since_last(tokens * CACHE_BYTES_PER_TOKEN)
         same = through == alone_tokens[tokens]
         if not same:
-            failures.append(f"{tokens} tokens ({stack.mode}): {through} through the proxy, {alone_tokens[tokens]} from one instance")
+            failures.append(
+                f"{tokens} tokens ({stack.mode}): {through} through the proxy, {alone_tokens[tokens]} from one instance"
+            )
         if total != tokens * CACHE_BYTES_PER_TOKEN:
-            failures.append(f"{tokens} tokens ({stack.mode}): kvxfer carried {total} bytes, the cache has {tokens * CACHE_BYTES_PER_TOKEN}")
-        ms = "".join(f"{1e3 * timing.get(k, 0):>{w}.1f}" for k, w in (("prefill", 12), ("handover", 13), ("decode", 11)))
+            failures.append(
+                f"{tokens} tokens ({stack.mode}): kvxfer carried {total} bytes, the cache has {tokens * CACHE_BYTES_PER_TOKEN}"
+            )
+        ms = "".join(
+            f"{1e3 * timing.get(k, 0):>{w}.1f}" for k, w in (("prefill", 12), ("handover", 13), ("decode", 11))
+        )
         verdict = f"{len(through)} equal" if same else "DIFFERENT"
         print(f"{tokens:>8} {verdict:<16}{f'{total:,} B over ' + '+'.join(transports):>26}{ms}", flush=True)
 
@@ -88,8 +103,12 @@ def check_tokens(stack):
     insensitive = [n for n in PROMPT_TOKENS if complete(stack.proxy, n)[0] == alone_tokens[n]]
     stack.corrupt_marker.unlink()
     if insensitive:
-        failures.append(f"negative control ({stack.mode}): zeroed cache changed nothing for prompts of {insensitive} tokens")
-    print(f"negative control: received cache zeroed, tokens differ for {len(PROMPT_TOKENS) - len(insensitive)} of {len(PROMPT_TOKENS)} prompts")
+        failures.append(
+            f"negative control ({stack.mode}): zeroed cache changed nothing for prompts of {insensitive} tokens"
+        )
+    print(
+        f"negative control: received cache zeroed, tokens differ for {len(PROMPT_TOKENS) - len(insensitive)} of {len(PROMPT_TOKENS)} prompts"
+    )
     return failures
 
 
@@ -102,7 +121,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--sync", dest="modes", action="store_const", const=["sync"], help="only pd_backend_mode: sync")
-    which.add_argument("--async", dest="modes", action="store_const", const=["async"], help="only pd_backend_mode: async")
+    which.add_argument(
+        "--async", dest="modes", action="store_const", const=["async"], help="only pd_backend_mode: async"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the last stack running until Ctrl-C")
     parser.add_argument("--skip-bench", action="store_true", help="only the tokens")
     parser.add_argument("--reps", type=int, default=5, help="timed repetitions of the benchmark for each channel")
@@ -114,19 +135,28 @@ def main():
     modes = options.modes or ["async", "sync"]
     for mode in modes:
         started = time.monotonic()
-        print(f"\n== vLLM + LMCache, transfer_channel: \"kvxfer\", pd_backend_mode: {mode}: starting prefiller, decoder and proxy", flush=True)
+        print(
+            f'\n== vLLM + LMCache, transfer_channel: "kvxfer", pd_backend_mode: {mode}: starting prefiller, decoder and proxy',
+            flush=True,
+        )
         with Stack(mode, dtype=dtype()) as stack:
             print(f"up after {time.monotonic() - started:.0f} s; logs in {stack.logs}", flush=True)
             failures += check_tokens(stack)
             if options.keep and mode == modes[-1]:
-                print(f"\nproxy {stack.proxy}\nprefiller {stack.prefiller}\ndecoder {stack.decoder}\nCtrl-C ends it", flush=True)
+                print(
+                    f"\nproxy {stack.proxy}\nprefiller {stack.prefiller}\ndecoder {stack.decoder}\nCtrl-C ends it",
+                    flush=True,
+                )
                 try:
                     signal.pause()
                 except KeyboardInterrupt:
                     pass
 
     if not options.skip_bench:
-        print(f"\n== LMCache's PD backend alone: {channel_bench.TOKENS} tokens of Llama-3-8B, {channel_bench.VALID_BYTES / 1e6:.0f} MB, every chunk bit-checked", flush=True)
+        print(
+            f"\n== LMCache's PD backend alone: {channel_bench.TOKENS} tokens of Llama-3-8B, {channel_bench.VALID_BYTES / 1e6:.0f} MB, every chunk bit-checked",
+            flush=True,
+        )
         seconds = channel_bench.measure(["nixl", "kvxfer"], options.reps, home() / "logs")
         lines, ratio = channel_bench.table(seconds)
         print("\n".join(lines))
@@ -134,7 +164,9 @@ def main():
         if ratio < BAR:
             failures.append(f"benchmark: {ratio:.2f} times NIXL's rate, the bar is {BAR:.1f}")
         if options.json:
-            pathlib.Path(options.json).write_text(json.dumps({"seconds": seconds, "ratio": ratio, "valid_bytes": channel_bench.VALID_BYTES}))
+            pathlib.Path(options.json).write_text(
+                json.dumps({"seconds": seconds, "ratio": ratio, "valid_bytes": channel_bench.VALID_BYTES})
+            )
 
     print()
     for failure in failures:

@@ -86,7 +86,12 @@ class CpuPagedConnector(GPUConnectorInterface):
             yield k, v, slots // block_size, slots % block_size
 
     def _check_layout(self, cache):
-        if cache.dim() != 4 or cache.shape[1] != self.heads or cache.shape[3] != 2 * self.head_size or not cache.is_contiguous():
+        if (
+            cache.dim() != 4
+            or cache.shape[1] != self.heads
+            or cache.shape[3] != 2 * self.head_size
+            or not cache.is_contiguous()
+        ):
             raise ValueError(
                 f"vLLM's cache has shape {tuple(cache.shape)} and strides {cache.stride()}; expected a contiguous "
                 f"[blocks, {self.heads} heads, block size, {2 * self.head_size}]"
@@ -115,7 +120,9 @@ def _with_cpu(create):
             return create(config, metadata, engine, layout_hints=layout_hints)
         layers, two, _, heads, head_size = metadata.kv_shape
         if two != 2 or config.use_layerwise:
-            raise ValueError("the CPU connector moves whole layers of separate keys and values: no MLA, use_layerwise: False")
+            raise ValueError(
+                "the CPU connector moves whole layers of separate keys and values: no MLA, use_layerwise: False"
+            )
         return CpuPagedConnector(layers, heads, head_size)
 
     create_connector.kvxfer_demo = True

@@ -74,7 +74,9 @@ class Server:
     def wait_healthy(self, url, deadline):
         while True:
             if self.process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended with status {self.process.returncode}; its log, {self.log}, ends:\n{self.tail()}")
+                raise RuntimeError(
+                    f"{self.name} ended with status {self.process.returncode}; its log, {self.log}, ends:\n{self.tail()}"
+                )
             try:
                 # The servers are on this machine: a proxy from the environment is of no use.
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "/health", timeout=2).close()
@@ -144,7 +146,18 @@ class Stack:
         prefill_core, decode_core = cores()
         self._serve("prefiller", prefiller, prefill_core, {"pd_proxy_port": notify})
         self._serve("decoder", decoder, decode_core, {"pd_peer_init_port": init, "pd_peer_alloc_port": alloc})
-        command = [sys.executable, HERE / "proxy.py", "--port", proxy, "--notify", notify, "--init-port", init, "--alloc-port", alloc]
+        command = [
+            sys.executable,
+            HERE / "proxy.py",
+            "--port",
+            proxy,
+            "--notify",
+            notify,
+            "--init-port",
+            init,
+            "--alloc-port",
+            alloc,
+        ]
         command += ["--prefiller", self.prefiller, "--decoder", self.decoder]
         self.servers.append(Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy")))
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -169,9 +182,22 @@ class Stack:
             "kv_role": "kv_producer" if role == "prefiller" else "kv_consumer",
             "kv_connector_extra_config": extra,
         }
-        command = [pathlib.Path(sys.executable).parent / "vllm", "serve", self.home / "model", "--served-model-name", MODEL_NAME]
+        command = [
+            pathlib.Path(sys.executable).parent / "vllm",
+            "serve",
+            self.home / "model",
+            "--served-model-name",
+            MODEL_NAME,
+        ]
         command += ["--host", "127.0.0.1", "--port", port, "--dtype", self.dtype, "--max-model-len", MAX_TOKENS]
-        command += ["--max-num-batched-tokens", MAX_TOKENS, "--max-num-seqs", 4, "--enforce-eager", "--no-enable-prefix-caching"]
+        command += [
+            "--max-num-batched-tokens",
+            MAX_TOKENS,
+            "--max-num-seqs",
+            4,
+            "--enforce-eager",
+            "--no-enable-prefix-caching",
+        ]
         command += ["--kv-transfer-config", json.dumps(connector)]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -202,7 +228,10 @@ def main():
     print("starting, about a minute", flush=True)
     try:
         with Stack(options.mode, options.channel) as stack:
-            print(f"proxy {stack.proxy}\nprefiller {stack.prefiller}\ndecoder {stack.decoder}\nlogs in {stack.logs}; Ctrl-C ends it", flush=True)
+            print(
+                f"proxy {stack.proxy}\nprefiller {stack.prefiller}\ndecoder {stack.decoder}\nlogs in {stack.logs}; Ctrl-C ends it",
+                flush=True,
+            )
             signal.pause()
     except KeyboardInterrupt:
         pass

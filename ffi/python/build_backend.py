@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import maturin
-from maturin import get_requires_for_build_wheel, prepare_metadata_for_build_wheel  # noqa: F401 (PEP 517 hooks)
+from maturin import get_requires_for_build_wheel, prepare_metadata_for_build_wheel
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -62,7 +62,11 @@ def _can_build_nixl():
 def _has_libclang():
     if os.environ.get("LIBCLANG_PATH"):
         return True
-    found = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout if shutil.which("ldconfig") else ""
+    found = (
+        subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
+        if shutil.which("ldconfig")
+        else ""
+    )
     names = found.split() + [str(p) for p in pathlib.Path("/usr/lib").glob("llvm-*/lib/libclang*.so*")]
     return any("libclang" in n and "libclang-cpp" not in n for n in names)
 

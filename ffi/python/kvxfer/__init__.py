@@ -20,6 +20,17 @@ from kvxfer import errors
 from kvxfer._native import ffi as _ffi
 from kvxfer._native import lib as _lib
 from kvxfer.agent import Agent, Notification, Peer, RemoteRegion
+from kvxfer.channel import (
+    Chunk,
+    Delivery,
+    DeliveryReport,
+    Geometry,
+    PoolStats,
+    Receiver,
+    RequestEvent,
+    Reservation,
+    Sender,
+)
 from kvxfer.errors import (
     AddressInUse,
     Busy,
@@ -58,8 +69,12 @@ __all__ = [
     "Agent",
     "Busy",
     "Cancelled",
+    "Chunk",
     "Closed",
     "Corrupt",
+    "Delivery",
+    "DeliveryReport",
+    "Geometry",
     "InvalidArgument",
     "KvxferError",
     "Mismatch",
@@ -70,9 +85,14 @@ __all__ = [
     "OutOfRange",
     "Peer",
     "PeerGone",
+    "PoolStats",
+    "Receiver",
     "Region",
     "RemoteRegion",
+    "RequestEvent",
     "RequirementNotMet",
+    "Reservation",
+    "Sender",
     "TimedOut",
     "TooLarge",
     "Transfer",

@@ -143,29 +143,42 @@ class Agent:
 
     def allocate(self, length: int) -> Region:
         """Shareable, zeroed memory, registered. Peers on the same host reach such memory fastest."""
-        return Region(self, handle("kvxfer_region_t", keep_until_free(None), lib.kvxfer_region_allocate, self._handle, length), None)
+        return Region(
+            self,
+            handle("kvxfer_region_t", keep_until_free(None), lib.kvxfer_region_allocate, self._handle, length),
+            None,
+        )
 
     def register(self, buffer: Any) -> Region:
         """Registers memory that something else owns: a writable, contiguous buffer (bytearray, memoryview, numpy array,
         mmap, …) or a torch tensor on the CPU. It is kept alive as long as the region or a transfer uses it."""
-        address, length, keep = _memory_of(buffer)
+        address, length, keep = memory_of(buffer)
         return self.register_memory(address, length, keep)
 
     def register_memory(self, address: int, length: int, keep: Any = None) -> Region:
         """Registers `length` bytes from `address` on. The caller promises that they stay mapped, readable and writable until the
         region is closed and its transfers have ended; `keep` is held until then."""
         base = ffi.cast("void *", address)
-        region = handle("kvxfer_region_t", keep_until_free(keep), lib.kvxfer_region_register, self._handle, base, length)
+        region = handle(
+            "kvxfer_region_t", keep_until_free(keep), lib.kvxfer_region_register, self._handle, base, length
+        )
         return Region(self, region, keep)
 
     def connect(self, address: str, timeout: float = CONNECT_TIMEOUT_S) -> Peer:
         """Connects to a listening agent. One that is connected already under this address and still up is returned as it is."""
         deadline = milliseconds("timeout", timeout)
-        return Peer(self, handle("kvxfer_peer_t", lib.kvxfer_peer_free, lib.kvxfer_agent_connect, self._handle, c_text(address), deadline))
+        return Peer(
+            self,
+            handle(
+                "kvxfer_peer_t", lib.kvxfer_peer_free, lib.kvxfer_agent_connect, self._handle, c_text(address), deadline
+            ),
+        )
 
     def peer(self, name: str) -> Peer:
         """The connected peer of that name, whichever side opened the connection."""
-        return Peer(self, handle("kvxfer_peer_t", lib.kvxfer_peer_free, lib.kvxfer_agent_peer, self._handle, c_text(name)))
+        return Peer(
+            self, handle("kvxfer_peer_t", lib.kvxfer_peer_free, lib.kvxfer_agent_peer, self._handle, c_text(name))
+        )
 
     def unexport(self, name: str) -> None:
         """Takes the export of a region back; peers' later transfers on it fail."""
@@ -235,7 +248,9 @@ class Peer:
         """A region that the peer exports."""
         deadline = milliseconds("timeout", timeout)
         free = lib.kvxfer_remote_region_free
-        return RemoteRegion(handle("kvxfer_remote_region_t", free, lib.kvxfer_peer_region, self._handle, c_text(name), deadline))
+        return RemoteRegion(
+            handle("kvxfer_remote_region_t", free, lib.kvxfer_peer_region, self._handle, c_text(name), deadline)
+        )
 
     def write(self, local: Region, remote: RemoteRegion, pieces: Pieces, **options) -> Transfer:
         """Starts moving local bytes to the peer; does not block.
@@ -310,13 +325,15 @@ class RemoteRegion:
         return text_of(lib.kvxfer_remote_region_transports, self._handle).split("\n")
 
 
-def _memory_of(buffer: Any) -> tuple[int, int, Any]:
+def memory_of(buffer: Any) -> tuple[int, int, Any]:
     """Address and length of something's memory, and what keeps it there."""
     if hasattr(buffer, "data_ptr") and hasattr(buffer, "is_contiguous"):
         if buffer.device.type != "cpu":
             raise TypeError(f"a tensor on {buffer.device}: only tensors on the CPU can be registered from Python")
         if not buffer.is_contiguous():
-            raise TypeError(f"a tensor of strides {tuple(buffer.stride())} is not contiguous: register tensor.contiguous()")
+            raise TypeError(
+                f"a tensor of strides {tuple(buffer.stride())} is not contiguous: register tensor.contiguous()"
+            )
         return buffer.data_ptr(), buffer.nbytes, buffer
     # Holds the buffer: a bytearray cannot be resized, an mmap not be closed, while it is registered.
     view = ffi.from_buffer("char[]", buffer, require_writable=True)

@@ -82,11 +82,13 @@ class KvxferChannel(BaseTransferChannel):
     ):
         if device is not None and not str(device).startswith("cpu"):
             raise errors.Unsupported(
-                f"transfer_channel: kvxfer moves host memory; pd_buffer_device is {device!r}, set it to 'cpu'", lib.KVXFER_UNSUPPORTED
+                f"transfer_channel: kvxfer moves host memory; pd_buffer_device is {device!r}, set it to 'cpu'",
+                lib.KVXFER_UNSUPPORTED,
             )
         if align_bytes <= 0 or buffer_size <= 0 or buffer_size % align_bytes:
             raise errors.InvalidArgument(
-                f"buffer_size {buffer_size} is not a positive multiple of align_bytes {align_bytes}", lib.KVXFER_INVALID_ARGUMENT
+                f"buffer_size {buffer_size} is not a positive multiple of align_bytes {align_bytes}",
+                lib.KVXFER_INVALID_ARGUMENT,
             )
         self.role, self.async_mode, self.peer_init_url = role, async_mode, peer_init_url
         # Read by the base class, which answers P2P's side messages.
@@ -107,7 +109,8 @@ class KvxferChannel(BaseTransferChannel):
         try:
             self._buffer = self._agent.register_memory(buffer_ptr, buffer_size)
             self._buffer.export(_BUFFER, "rw")
-            self._described = self._agent.register(bytearray(json.dumps(self._description(tp_rank)).encode()))
+            self._ours = self._description(tp_rank)
+            self._described = self._agent.register(bytearray(json.dumps(self._ours).encode()))
             self._described.export(_DESCRIPTION, "r")
         except BaseException:
             self._agent.close()
@@ -185,7 +188,9 @@ class KvxferChannel(BaseTransferChannel):
         """Reads the peer's description, compares it with ours, and keeps the peer."""
         place = peer.region(_DESCRIPTION)
         if len(place) > _MAX_DESCRIPTION:
-            raise errors.TooLarge(f"{url}: a description of {len(place)} bytes, at most {_MAX_DESCRIPTION} are read", lib.KVXFER_TOO_LARGE)
+            raise errors.TooLarge(
+                f"{url}: a description of {len(place)} bytes, at most {_MAX_DESCRIPTION} are read", lib.KVXFER_TOO_LARGE
+            )
         text = bytearray(len(place))
         with self._agent.register(text) as scratch:
             peer.read(scratch, place, [(0, 0, len(text))]).wait()
@@ -194,8 +199,12 @@ class KvxferChannel(BaseTransferChannel):
             theirs = {key: description[key] for key in ("version", "align_bytes", "tp_rank", "buffer_size")}
         except (ValueError, KeyError, TypeError) as e:
             raise errors.error(lib.KVXFER_PROTOCOL, f"{url}: not the description of an LMCache buffer: {e}") from None
-        ours = json.loads(bytes(self._described_text()))
-        for key, what in (("version", "version of the channel"), ("align_bytes", "page size in bytes (align_bytes)"), ("tp_rank", "tensor-parallel rank")):
+        ours = self._ours
+        for key, what in (
+            ("version", "version of the channel"),
+            ("align_bytes", "page size in bytes (align_bytes)"),
+            ("tp_rank", "tensor-parallel rank"),
+        ):
             if theirs[key] != ours[key]:
                 raise Mismatch(f"{what} differs: here {ours[key]!r}, at {url} {theirs[key]!r}", lib.KVXFER_MISMATCH)
         if description.get("hash_seed") != ours["hash_seed"]:
@@ -212,9 +221,6 @@ class KvxferChannel(BaseTransferChannel):
             self._urls[peer_id] = url
         logger.info("kvxfer: connected to %s (%s), reached over %s", url, peer.name, ", ".join(buffer.transports))
         return remote
-
-    def _described_text(self) -> memoryview:
-        return self._described.memory
 
     def _known(self, peer_id: str) -> _Remote | None:
         """The peer if it is connected; does not block."""
@@ -242,20 +248,26 @@ class KvxferChannel(BaseTransferChannel):
         indices = []
         for memory_object in objects:
             if isinstance(memory_object, (bytes, bytearray, memoryview)):
-                raise NotImplementedError("raw bytes do not lie in the registered buffer; only memory objects can be transferred")
+                raise NotImplementedError(
+                    "raw bytes do not lie in the registered buffer; only memory objects can be transferred"
+                )
             indices.append(memory_object.meta.address)
         return indices
 
     def _pieces(self, objects, remote: _Remote, remote_indexes) -> list[tuple[int, int, int]]:
-        if len(objects) != len(remote_indexes):
+        if len(objects) != len(remote_indexes, strict=True):
             raise errors.InvalidArgument(
                 f"{len(objects)} memory objects, {len(remote_indexes)} remote pages", lib.KVXFER_INVALID_ARGUMENT
             )
         pieces = []
-        for memory_object, here, there in zip(objects, self.get_local_mem_indices(objects), remote_indexes):
+        for memory_object, here, there in zip(
+            objects, self.get_local_mem_indices(objects), remote_indexes, strict=True
+        ):
             length = memory_object.get_size()
             if length > self._page:
-                raise errors.TooLarge(f"a memory object of {length} bytes does not fit a page of {self._page}", lib.KVXFER_TOO_LARGE)
+                raise errors.TooLarge(
+                    f"a memory object of {length} bytes does not fit a page of {self._page}", lib.KVXFER_TOO_LARGE
+                )
             for side, index, size in (("here", here, self._size), (f"at {remote.url}", there, remote.size)):
                 if not 0 <= index < size // self._page:
                     raise OutOfRange(f"page {index} {side}: there are {size // self._page}", lib.KVXFER_OUT_OF_RANGE)
@@ -368,7 +380,9 @@ async def _come_to_rest(transfer: Transfer) -> None:
 
 def _spec(transfer_spec, key: str) -> tuple[str, list[int]]:
     if not transfer_spec or key not in transfer_spec or "remote_indexes" not in transfer_spec:
-        raise errors.InvalidArgument(f"transfer_spec: {transfer_spec!r} lacks {key!r} or 'remote_indexes'", lib.KVXFER_INVALID_ARGUMENT)
+        raise errors.InvalidArgument(
+            f"transfer_spec: {transfer_spec!r} lacks {key!r} or 'remote_indexes'", lib.KVXFER_INVALID_ARGUMENT
+        )
     return transfer_spec[key], transfer_spec["remote_indexes"]
 
 
@@ -378,7 +392,9 @@ def _extra_config() -> dict[str, Any]:
     config = getattr(integration, "_config_instance", None)
     extra = (getattr(config, "extra_config", None) or {}).get("kvxfer", {})
     if not isinstance(extra, dict):
-        raise errors.InvalidArgument(f"extra_config: kvxfer: {extra!r} is not a mapping of settings", lib.KVXFER_INVALID_ARGUMENT)
+        raise errors.InvalidArgument(
+            f"extra_config: kvxfer: {extra!r} is not a mapping of settings", lib.KVXFER_INVALID_ARGUMENT
+        )
     return dict(extra)
 
 

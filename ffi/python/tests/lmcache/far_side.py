@@ -1,0 +1,167 @@
+"""The other process of the channel tests: real LMCache memory with a kvxfer channel on it, or a whole PD backend."""
+
+import asyncio
+import threading
+
+import torch
+
+LAYERS, HEADS, HEAD_SIZE, CHUNK = 2, 2, 8, 16
+SHAPE = (2, LAYERS, CHUNK, HEADS * HEAD_SIZE)
+PAGE_BYTES = 2 * LAYERS * CHUNK * HEADS * HEAD_SIZE * 2
+PAGES = 8
+
+
+def memory(pages=PAGES, chunk=CHUNK):
+    """LMCache's paged CPU allocator."""
+    from lmcache.v1.memory_allocators.paged_cpu_gpu_memory_allocator import PagedCpuGpuMemoryAllocator
+    from lmcache.v1.memory_management import MemoryFormat
+
+    shape = torch.Size((2, LAYERS, chunk, HEADS * HEAD_SIZE))
+    allocator = PagedCpuGpuMemoryAllocator()
+    allocator.init_cpu_memory_allocator(
+        pages * PAGE_BYTES * chunk // CHUNK, [shape], [torch.bfloat16], MemoryFormat.KV_2LTD
+    )
+    return allocator
+
+
+def chunk_of(allocator, tokens=CHUNK):
+    from lmcache.v1.memory_management import MemoryFormat
+
+    found = allocator.allocate(
+        torch.Size((2, LAYERS, tokens, HEADS * HEAD_SIZE)), torch.bfloat16, MemoryFormat.KV_2LTD, "cpu"
+    )
+    assert found is not None
+    return found
+
+
+def channel(allocator, url=None, role="receiver", loop=None, **kwargs):
+    """A channel made by LMCache's own factory."""
+    from kvxfer.lmcache_channel import register
+
+    register()
+    from lmcache.v1.transfer_channel import CreateTransferChannel
+
+    cpu = allocator.cpu_allocator
+    settings = dict(buffer_ptr=cpu.buffer_ptr, buffer_size=cpu.buffer_size, align_bytes=cpu.align_bytes, tp_rank=0)
+    settings |= dict(device="cpu", backends=["UCX"], async_mode=loop is not None, event_loop=loop) | kwargs
+    return CreateTransferChannel(channel_type="kvxfer", role=role, peer_init_url=url, **settings)
+
+
+def raw(allocator):
+    return allocator.cpu_allocator.buffer.numpy()
+
+
+def content(seed, tokens=CHUNK):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(
+        -(2**15), 2**15, (2, LAYERS, tokens, HEADS * HEAD_SIZE), generator=generator, dtype=torch.int16
+    )
+
+
+def fill(memory_object, seed, tokens=CHUNK):
+    memory_object.tensor.view(torch.int16).copy_(content(seed, tokens))
+
+
+# ---- the process ----
+
+
+def serve(pipe, what, arguments):
+    try:
+        {"channel": _serve_channel, "backend": _serve_backend}[what](pipe, *arguments)
+    except Exception as e:
+        pipe.send(e)
+
+
+def _serve_channel(pipe, url, peer_lookup_url):
+    allocator = memory()
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    ours = channel(allocator, url, role="both", loop=loop, peer_lookup_url=peer_lookup_url)
+    pipe.send(url)
+    while True:
+        command, *arguments = pipe.recv()
+        if command == "stop":
+            ours.close()
+            return
+        if command == "sentinel":
+            raw(allocator)[:] = arguments[0]
+            pipe.send(None)
+        elif command == "bytes":
+            pipe.send(raw(allocator)[arguments[0] * PAGE_BYTES :][: arguments[1]].tobytes())
+        elif command == "fill":
+            memory_object = chunk_of(allocator)
+            fill(memory_object, arguments[0])
+            pipe.send(memory_object.meta.address)
+        elif command == "knows":
+            pipe.send(ours.remote_xfer_handler_exists(arguments[0]))
+        elif command == "write back":
+            receiver, seed, page = arguments
+            memory_object = chunk_of(allocator)
+            fill(memory_object, seed)
+            spec = {"receiver_id": receiver, "remote_indexes": [page]}
+            writing = asyncio.run_coroutine_threadsafe(ours.async_batched_write([memory_object], spec), loop)
+            pipe.send(writing.result(20))
+
+
+def metadata():
+    from lmcache.v1.metadata import LMCacheMetadata
+
+    return LMCacheMetadata(
+        model_name="m",
+        world_size=1,
+        local_world_size=1,
+        worker_id=0,
+        local_worker_id=0,
+        kv_dtype=torch.bfloat16,
+        kv_shape=(LAYERS, 2, CHUNK, HEADS, HEAD_SIZE),
+    )
+
+
+def backend(mode, role, **ports):
+    """LMCache's own PD backend of that mode, with the kvxfer channel."""
+    from kvxfer.lmcache_channel import register
+
+    register()
+    from lmcache.v1.config import LMCacheEngineConfig
+    from lmcache.v1.storage_backend.pd_backend import PDBackend
+    from lmcache.v1.storage_backend.pd_backend_async import PDBackendAsync
+
+    config = LMCacheEngineConfig.from_defaults(
+        chunk_size=CHUNK,
+        local_cpu=False,
+        save_unfull_chunk=True,
+        enable_pd=True,
+        transfer_channel="kvxfer",
+        pd_backend_mode=mode,
+        pd_role=role,
+        pd_buffer_size=PAGES * PAGE_BYTES,
+        pd_buffer_device="cpu",
+        **ports,
+    )
+    return {"sync": PDBackend, "async": PDBackendAsync}[mode](config, metadata())
+
+
+def key(n):
+    from lmcache.utils import CacheEngineKey
+
+    return CacheEngineKey(model_name="m", world_size=1, worker_id=0, chunk_hash=n, dtype=torch.bfloat16)
+
+
+def _serve_backend(pipe, mode, init, alloc):
+    ours = backend(mode, "receiver", pd_peer_host="127.0.0.1", pd_peer_init_port=[init], pd_peer_alloc_port=[alloc])
+    pipe.send("up")
+    while True:
+        command, *arguments = pipe.recv()
+        if command == "stop":
+            # LMCache's own shutdown waits for its sockets; the process ends anyway.
+            ours.transfer_channel.close()
+            return
+        if command == "take":
+            seed, tokens = arguments
+            received = ours.get_blocking(key(seed))
+            same = torch.equal(
+                received.tensor.view(torch.int16).view(content(seed, tokens).shape), content(seed, tokens)
+            )
+            ours.remove(key(seed))
+            received.ref_count_down()
+            pipe.send(same)

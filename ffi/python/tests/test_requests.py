@@ -1,0 +1,111 @@
+"""Whole requests: reserve, write, commit; look up, acquire, release."""
+
+import asyncio
+
+import pytest
+from other_process import pattern
+
+import kvxfer
+
+WAIT_S = 20
+PAGE = 64 << 10
+GEOMETRY = kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="bfloat16", layout="KV_2LTD", chunk_tokens=256)
+
+
+@pytest.fixture
+def receiver():
+    with kvxfer.Agent("decoder", listen="tcp://127.0.0.1:0") as agent:
+        with kvxfer.Receiver(agent, GEOMETRY, pages=8) as receiver:
+            receiver.address = agent.addresses[0]
+            yield receiver
+
+
+@pytest.fixture
+def sender(agent, receiver):
+    return kvxfer.Sender(agent, receiver.address, GEOMETRY)
+
+
+def test_a_request_is_found_once_it_is_complete(agent, receiver, sender):
+    region = agent.register(bytearray(pattern(PAGE + 1000, 1)))
+    assert receiver.lookup("a") == "absent" and receiver.acquire("a") is None
+    report = sender.send("request", [("a", region, [(0, PAGE)]), ("b", region, [(PAGE, 600), (PAGE + 600, 400)])]).wait(
+        WAIT_S
+    )
+    assert (report.written, report.present, report.bytes) == (2, 0, PAGE + 1000)
+    receiver.wait_request("request", WAIT_S)
+    event = receiver.next_event(WAIT_S)
+    assert event.ready and event.request == "request" and event.sender == "here" and event.code == 0
+
+    with receiver.acquire("a") as chunk:
+        assert len(chunk) == PAGE and chunk.data == pattern(PAGE + 1000, 1)[:PAGE]
+        assert receiver.stats.pinned == 1
+    with receiver.acquire("b") as chunk:
+        assert chunk.data == pattern(PAGE + 1000, 1)[PAGE:]
+    assert receiver.lookup("a") == "present"
+    for key in "ab":
+        receiver.remove(key)
+    assert receiver.stats.free_pages == 8
+
+
+def test_a_chunk_that_is_there_is_not_sent_again(agent, receiver, sender):
+    region = agent.allocate(PAGE)
+    sender.send("first", [("same", region, [(0, PAGE)])]).wait(WAIT_S)
+    report = sender.send("second", [("same", region, [(0, PAGE)])]).wait(WAIT_S)
+    assert (report.written, report.present, report.bytes) == (0, 1, 0)
+
+
+def test_chunk_by_chunk_and_awaited(agent, receiver, sender):
+    region = agent.register(bytearray(pattern(2 * PAGE, 2)))
+    reservation = sender.reserve("streamed", [("x", PAGE), ("y", PAGE)])
+    reservation.wait_admitted(WAIT_S)
+    reservation.write(0, region, [(0, PAGE)])
+    reservation.write(1, region, [(PAGE, PAGE)])
+    delivery = reservation.finish()
+
+    async def main():
+        return await asyncio.wait_for(delivery, WAIT_S)
+
+    assert asyncio.run(main()).written == 2
+    with receiver.acquire("y") as chunk:
+        assert chunk.data == pattern(2 * PAGE, 2)[PAGE:]
+
+
+def test_larger_than_the_pool_is_refused_at_once(agent, receiver, sender):
+    region = agent.allocate(PAGE)
+    with pytest.raises(kvxfer.TooLarge) as failure:
+        sender.send("huge", [(f"k{i}", region, [(0, PAGE)]) for i in range(9)]).wait(WAIT_S)
+    assert not failure.value.retryable
+    assert receiver.stats.free_pages == 8
+
+
+def test_an_aborted_request_frees_its_pages(agent, receiver, sender):
+    reservation = sender.reserve("given up", [("x", PAGE)])
+    reservation.wait_admitted(WAIT_S)
+    reservation.abort()
+    with pytest.raises(kvxfer.Closed):
+        reservation.finish()
+    event = receiver.next_event(WAIT_S)
+    assert not event.ready and event.request == "given up" and event.code != 0
+    assert receiver.lookup("x") == "absent"
+
+
+def test_another_geometry_is_refused_with_both_values(agent, receiver):
+    with pytest.raises(kvxfer.Mismatch) as failure:
+        kvxfer.Sender(
+            agent,
+            receiver.address,
+            kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="float16", layout="KV_2LTD", chunk_tokens=256),
+        )
+    assert "float16" in str(failure.value) and "bfloat16" in str(failure.value)
+
+
+def test_a_pool_in_memory_of_the_callers_own(agent):
+    memory = bytearray(4 * PAGE)
+    with kvxfer.Agent("own", listen="tcp://127.0.0.1:0") as decoder:
+        with kvxfer.Receiver(decoder, GEOMETRY, pages=4, memory=memory) as receiver:
+            sender = kvxfer.Sender(agent, decoder.addresses[0], GEOMETRY)
+            region = agent.register(bytearray(pattern(PAGE, 3)))
+            sender.send("r", [("k", region, [(0, PAGE)])]).wait(WAIT_S)
+            chunk = receiver.acquire("k")
+            assert memory[chunk.page * PAGE :][:PAGE] == pattern(PAGE, 3)
+            chunk.release()

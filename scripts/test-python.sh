@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# test-python.sh [PYTEST ARGUMENTS]: builds the wheel (dev profile, cargo's usual target folder), installs it into a virtual
+# environment in build/, and runs ffi/python/tests against the installed wheel.
+#
+# The tests of the LMCache channel need the real LMCache. They run with the installation of `make demo-vllm`
+# (KVXFER_E2E_HOME, default ~/.cache/kvxfer-e2e) where that exists; otherwise they say SKIPPED.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
+build=$root/build/python
+venv=$build/venv
+python=${PYTHON:-python3}
+mkdir -p "$build"
+
+if [ ! -f "$venv/.complete" ]; then
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "maturin>=1.9,<2" "cffi>=1.16" "pytest>=8" numpy
+  touch "$venv/.complete"
+fi
+
+echo "test-python: building the wheel"
+rm -rf "$build/wheels"
+features=$(scripts/features.sh 2>/dev/null)
+PATH=$venv/bin:$PATH MATURIN_PEP517_ARGS="--profile=dev $features" "$venv/bin/python" -m pip --disable-pip-version-check wheel \
+  --quiet --no-deps --no-build-isolation --wheel-dir "$build/wheels" ./ffi/python
+wheel=$(echo "$build"/wheels/kvxfer-*.whl)
+"$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall "$wheel"
+
+# From a folder of its own, so that the installed package is tested and not the source beside the tests.
+mkdir -p "$build/run"
+cd "$build/run"
+echo "test-python: $("$venv/bin/python" --version), $(basename "$wheel")"
+"$venv/bin/python" -m pytest -c "$root/ffi/python/pyproject.toml" -p no:cacheprovider "$root/ffi/python/tests" "$@"
+
+e2e=${KVXFER_E2E_HOME:-$HOME/.cache/kvxfer-e2e}/venv
+if [ -f "$e2e/.complete" ]; then
+  echo "test-python: the LMCache channel against $("$e2e/bin/python" -c 'from importlib.metadata import version; print("LMCache", version("lmcache"))')"
+  "$e2e/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$build/e2e" "$wheel"
+  PYTHONPATH=$build/e2e LMCACHE_TRACK_USAGE=false PYTHONHASHSEED=0 \
+    "$e2e/bin/python" -m pytest -c "$root/ffi/python/pyproject.toml" -p no:cacheprovider "$root/ffi/python/tests/lmcache" "$@"
+else
+  echo "SKIPPED: tests of the LMCache channel: no LMCache in $e2e; \`make demo-vllm\` or examples/vllm_cpu/install.sh brings it"
+fi
