@@ -49,6 +49,8 @@ _DESCRIPTION_VERSION = 1
 _MAX_DESCRIPTION = 64 << 10
 # A receiver may start later than its sender: refused connections are tried again this long, this often.
 _CONNECT_S, _RETRY_S = 10.0, 0.2
+# What a handshake may take where the receiver must be there already.
+_HANDSHAKE_S = 5.0
 # How long a cancelled transfer may take to come to rest.
 _CANCEL_S = 10.0
 
@@ -101,9 +103,16 @@ class KvxferChannel(BaseTransferChannel):
 
         # Names are unique: two hosts may well listen on the same 127.0.0.1:7300 or 0.0.0.0:7300.
         where = peer_init_url or f"{role}@{socket.gethostname()}"
-        settings = {"listen": [f"tcp://{peer_init_url}"] if peer_init_url else []}
-        settings |= _extra_config()
+        settings = _extra_config()
+        settings["listen"] = [f"tcp://{peer_init_url}"] if peer_init_url else []
         settings["name"] = f"{where[:90]}#{uuid.uuid4().hex[:16]}"
+        for variable in ("KVXFER_NAME", "KVXFER_LISTEN", "KVXFER_CONFIG"):
+            if os.environ.get(variable):
+                raise errors.InvalidArgument(
+                    f"{variable} is set, but the channel's name and address come from LMCache's configuration (pd_peer_host, "
+                    "pd_peer_init_port): unset it, and put other settings below extra_config: kvxfer",
+                    lib.KVXFER_INVALID_ARGUMENT,
+                )
         _prefer_huge_pages(buffer_ptr, buffer_size)
         self._agent = Agent.from_config(settings, environment=True)
         try:
@@ -142,7 +151,15 @@ class KvxferChannel(BaseTransferChannel):
 
     async def async_lazy_init_peer_connection(self, local_id, peer_id, peer_init_url, init_side_msg=None):
         # Blocking, so on another thread; a handshake is rare.
-        remote = await asyncio.get_running_loop().run_in_executor(None, self._connect, peer_id, peer_init_url)
+        try:
+            remote = await asyncio.get_running_loop().run_in_executor(None, self._connect, peer_id, peer_init_url)
+        except KvxferError as e:
+            # The async PD backend waits for this on the engine's thread, and an exception there ends the engine. A decoder that
+            # is away for a while is no reason: its pages cannot be allocated either, and the write connects when it is back.
+            if init_side_msg is not None or not e.retryable:
+                raise
+            logger.error("kvxfer: %s is not reachable yet (%s); the next transfer to it tries again", peer_init_url, e)
+            return None
         return self._side_answer(remote, init_side_msg)
 
     @staticmethod
@@ -162,7 +179,7 @@ class KvxferChannel(BaseTransferChannel):
         """The connected agent that listens on `url`, whichever side connected."""
         return next((name for name in self._agent.peers if name.rpartition("#")[0] == url), None)
 
-    def _connect(self, peer_id: str, url: str, patience: float = _CONNECT_S) -> _Remote:
+    def _connect(self, peer_id: str, url: str, patience: float | None = None) -> _Remote:
         with self._lock:
             known = self._urls.setdefault(peer_id, url)
             remote = self._remotes.get(peer_id)
@@ -174,10 +191,10 @@ class KvxferChannel(BaseTransferChannel):
             )
         if remote is not None and remote.peer.is_up:
             return remote
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + (_CONNECT_S if patience is None else patience)
         while True:
             try:
-                peer = self._agent.connect(f"tcp://{url}", max(0.1, deadline - time.monotonic()))
+                peer = self._agent.connect(f"tcp://{url}", max(_HANDSHAKE_S, deadline - time.monotonic()))
                 return self._admit(peer_id, url, peer)
             except Unreachable:
                 if time.monotonic() + _RETRY_S > deadline:

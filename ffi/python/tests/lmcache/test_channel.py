@@ -217,12 +217,32 @@ def test_ids_that_stand_for_two_addresses(far, near, url):
 
 def test_a_receiver_that_is_not_there(near, monkeypatch):
     monkeypatch.setattr(lmcache_channel, "_CONNECT_S", 0.5)
-    near._connect.__func__.__defaults__ = (0.5,)
-    try:
-        with pytest.raises(kvxfer.Unreachable):
-            near.lazy_init_peer_connection("me", "them", f"127.0.0.1:{free_port()}")
-    finally:
-        near._connect.__func__.__defaults__ = (10.0,)
+    with pytest.raises(kvxfer.Unreachable):
+        near.lazy_init_peer_connection("me", "them", f"127.0.0.1:{free_port()}")
+
+
+def test_a_receiver_that_comes_later_does_not_end_an_async_engine(memory, monkeypatch, url):
+    monkeypatch.setattr(lmcache_channel, "_CONNECT_S", 0.5)
+    spec = {"receiver_id": "them", "remote_indexes": [2]}
+
+    async def main():
+        near = far_side.channel(memory, role="sender", loop=asyncio.get_running_loop())
+        try:
+            assert await near.async_lazy_init_peer_connection("me", "them", url) is None
+            memory_object = chunk_of(memory)
+            fill(memory_object, 4)
+            with pytest.raises(kvxfer.Unreachable):
+                await near.async_batched_write([memory_object], spec)
+            far = await asyncio.get_running_loop().run_in_executor(None, Far, "channel", url, None)
+            try:
+                assert await near.async_batched_write([memory_object], spec) == 1
+                assert far.ask("bytes", 2, PAGE_BYTES) == expected(4)
+            finally:
+                far.stop()
+        finally:
+            near.close()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
 
 def test_a_restarted_receiver_is_reached_without_a_new_handshake(far, near, memory, url):
