@@ -8,6 +8,7 @@
 //! peers on a virtual link through thousands of interleavings in a second.
 #![forbid(unsafe_code)]
 
+pub mod admission;
 pub mod code;
 pub mod frame;
 pub mod geometry;
@@ -16,6 +17,9 @@ pub mod ids;
 pub mod integrity;
 pub mod layout;
 pub mod plan;
+pub mod pool;
+pub mod receiver;
+pub mod sender;
 pub mod time;
 pub mod wire;
 
