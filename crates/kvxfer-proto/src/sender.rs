@@ -181,6 +181,8 @@ enum Place {
 
 struct Chunk {
     place: Place,
+    /// The last page named for it: a repetition of an earlier word must not start a write.
+    last: Option<(PageIndex, Generation)>,
     supplied: bool,
     attempts: u32,
 }
@@ -266,7 +268,7 @@ impl Sender {
         });
         self.ids.insert(request.clone(), serial);
         self.timers.insert((deadline, serial));
-        let chunk = |_: &ChunkSpec| Chunk { place: Place::None, supplied: false, attempts: 0 };
+        let chunk = |_: &ChunkSpec| Chunk { place: Place::None, last: None, supplied: false, attempts: 0 };
         let r = Request {
             id: request,
             chunks: specs.iter().map(chunk).collect(),
@@ -369,10 +371,7 @@ impl Sender {
                 }
             }
             Message::Detach { code, text, .. } => {
-                self.close(
-                    now,
-                    Failure { code: *code, text: format!("the receiver closed its pool: {text}") },
-                );
+                self.close(&Failure { code: *code, text: format!("the receiver closed its pool: {text}") });
             }
             _ => return false,
         }
@@ -478,6 +477,10 @@ impl Sender {
         let c = &mut r.chunks[chunk as usize];
         match slot {
             Slot::Page { page, generation } => {
+                if c.last.is_some_and(|(p, g)| p != page || g >= generation) {
+                    return;
+                }
+                c.last = Some((page, generation));
                 c.place = Place::Page(page, generation);
                 self.start(serial, chunk);
             }

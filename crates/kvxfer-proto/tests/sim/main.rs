@@ -1,0 +1,280 @@
+//! Two and more simulated peers on virtual links with virtual time: first the rules one by one, then random interleavings.
+
+mod world;
+
+use kvxfer_proto::ErrorCode;
+use kvxfer_proto::pool::Known;
+use kvxfer_proto::receiver::Event;
+use proptest::prelude::*;
+use world::{Action, Faults, World, key, settings};
+
+fn request(sender: usize, first: u32, count: u32) -> Action {
+    Action::Request { sender, first, count, deadline_ms: 1000, supply_after_ms: 1 }
+}
+
+fn world(pages: u32, senders: usize) -> World {
+    World::new(settings(pages), senders, Faults::default())
+}
+
+fn ok(w: &World, i: usize) -> kvxfer_proto::sender::Summary {
+    *w.result(i).expect("ended").as_ref().unwrap_or_else(|f| panic!("request {i}: {f:?}"))
+}
+
+fn code(w: &World, i: usize) -> ErrorCode {
+    w.result(i).expect("ended").as_ref().expect_err("failed").code
+}
+
+#[test]
+fn a_request_is_moved() {
+    let mut w = world(8, 1);
+    w.schedule(0, request(0, 0, 5));
+    w.run_until(100);
+    let summary = ok(&w, 0);
+    assert_eq!((summary.written, summary.present, summary.bytes), (5, 0, 500));
+    assert!((0..5).all(|n| w.receiver.known(&key(n)) == Known::Published(100)));
+    assert!(matches!(w.events.as_slice(), [Event::Started { .. }, Event::Ready { bytes: 500, .. }]));
+    w.run();
+}
+
+#[test]
+fn two_requests_of_20_chunks_share_32_pages_without_deadlock() {
+    let mut w = world(32, 2);
+    for sender in 0..2 {
+        let first = sender as u32 * 20;
+        w.schedule(0, Action::Request { sender, first, count: 20, deadline_ms: 1900, supply_after_ms: 100 });
+    }
+    // The first one's consumer reads and lets go.
+    for n in 0..20 {
+        w.schedule(300, Action::Consume { key: n, hold_ms: 50, remove: true });
+    }
+    w.run_until(1000);
+    assert_eq!((ok(&w, 0).written, ok(&w, 1).written), (20, 20));
+    assert!(ok(&w, 1).queued.as_millis() >= 300, "the second one waited for pages");
+    w.run();
+}
+
+#[test]
+fn a_request_larger_than_the_pool_is_refused_at_once() {
+    let mut w = world(4, 1);
+    w.schedule(0, request(0, 0, 5));
+    w.run_until(5);
+    assert!(w.requests.is_empty(), "the sender knows the pool's size and refuses it itself");
+    w.run();
+}
+
+#[test]
+fn a_full_pool_refuses_when_the_deadline_has_passed() {
+    let mut w = world(4, 2);
+    w.schedule(0, request(0, 0, 4));
+    w.schedule(10, request(1, 10, 1));
+    w.run_until(1500);
+    ok(&w, 0);
+    assert!(matches!(code(&w, 1), ErrorCode::TimedOut | ErrorCode::NoCapacity));
+    w.run();
+}
+
+#[test]
+fn a_pending_chunk_waits_for_that_write() {
+    let mut w = world(8, 2);
+    w.schedule(0, Action::Request { sender: 0, first: 0, count: 2, deadline_ms: 1000, supply_after_ms: 200 });
+    w.schedule(10, request(1, 0, 3));
+    w.run_until(90);
+    assert!(w.result(1).is_none(), "its first chunks have not arrived");
+    w.run_until(400);
+    assert_eq!((ok(&w, 0).written, ok(&w, 1).written, ok(&w, 1).present), (2, 1, 2));
+    w.run();
+}
+
+#[test]
+fn a_pending_chunk_is_granted_when_its_writer_gives_up() {
+    let mut w = world(8, 2);
+    w.schedule(0, Action::Request { sender: 0, first: 0, count: 2, deadline_ms: 1000, supply_after_ms: 500 });
+    w.schedule(10, request(1, 0, 3));
+    w.schedule(50, Action::Abort { sender: 0 });
+    w.run_until(150);
+    assert_eq!(code(&w, 0), ErrorCode::Cancelled);
+    assert_eq!((ok(&w, 1).written, ok(&w, 1).present), (3, 0));
+    w.run();
+}
+
+#[test]
+fn a_killed_sender_leaves_nothing() {
+    let mut w = world(8, 2);
+    w.schedule(0, Action::Request { sender: 0, first: 0, count: 8, deadline_ms: 1000, supply_after_ms: 100 });
+    w.schedule(50, Action::Kill { sender: 0, silent_ms: 100 });
+    w.schedule(60, request(1, 20, 8));
+    w.run_until(80);
+    assert!((0..8).all(|n| w.receiver.known(&key(n)) == Known::Absent));
+    let stats = w.receiver.stats();
+    assert!(stats.pages.quarantined > 0, "its writes may still land: {stats:?}");
+    assert!(w.result(1).is_none());
+    w.run_until(300);
+    assert_eq!(ok(&w, 1).written, 8, "once it is known to be gone its pages are used again");
+    w.run();
+}
+
+#[test]
+fn a_stopped_sender_loses_its_lease_and_its_pages_wait_for_its_word() {
+    let mut w = world(4, 2);
+    w.schedule(
+        0,
+        Action::Request { sender: 0, first: 0, count: 4, deadline_ms: 5000, supply_after_ms: 4000 },
+    );
+    w.schedule(100, Action::Stop { sender: 0, ms: 1000 });
+    w.schedule(
+        110,
+        Action::Request { sender: 1, first: 10, count: 4, deadline_ms: 1900, supply_after_ms: 1 },
+    );
+    w.run_until(900);
+    assert_eq!(w.receiver.stats().pages.quarantined, 4);
+    assert!(w.result(1).is_none());
+    w.run_until(1500);
+    assert_eq!(code(&w, 0), ErrorCode::TimedOut);
+    assert_eq!(ok(&w, 1).written, 4);
+    w.run();
+}
+
+#[test]
+fn a_renewed_lease_outlives_a_slow_prefill() {
+    let mut w = world(4, 1);
+    w.schedule(
+        0,
+        Action::Request { sender: 0, first: 0, count: 2, deadline_ms: 5000, supply_after_ms: 2000 },
+    );
+    w.run_until(3000);
+    assert_eq!(ok(&w, 0).written, 2);
+    w.run();
+}
+
+#[test]
+fn a_restarted_receiver_serves_new_requests() {
+    let mut w = world(4, 1);
+    w.schedule(0, Action::Request { sender: 0, first: 0, count: 4, deadline_ms: 1000, supply_after_ms: 500 });
+    w.schedule(100, Action::RestartReceiver);
+    w.schedule(200, request(0, 0, 4));
+    w.run_until(400);
+    assert_eq!(code(&w, 0), ErrorCode::PeerGone);
+    assert_eq!(ok(&w, 1).written, 4);
+    w.run();
+}
+
+#[test]
+fn a_damaged_chunk_is_written_again_a_bounded_number_of_times() {
+    let faults = Faults { choices: vec![255], corrupt: true, ..Faults::default() };
+    let mut w = World::new(settings(4), 1, faults);
+    w.schedule(0, request(0, 0, 1));
+    w.run_until(900);
+    assert_eq!(code(&w, 0), ErrorCode::Corrupt);
+    assert_eq!(w.receiver.known(&key(0)), Known::Absent);
+    w.run();
+}
+
+#[test]
+fn the_same_request_id_of_two_senders_is_two_requests() {
+    let mut w = world(8, 2);
+    // The world gives both the same id.
+    w.schedule(0, request(0, 0, 2));
+    w.schedule(0, request(1, 10, 2));
+    w.run_until(100);
+    assert_eq!(w.requests[0].name, w.requests[1].name);
+    assert_eq!((ok(&w, 0).written, ok(&w, 1).written), (2, 2));
+    w.run();
+}
+
+#[test]
+fn a_slow_request_does_not_block_another_sender() {
+    let mut w = world(8, 3);
+    w.schedule(
+        0,
+        Action::Request { sender: 0, first: 0, count: 6, deadline_ms: 1900, supply_after_ms: 1500 },
+    );
+    w.schedule(10, Action::Request { sender: 1, first: 10, count: 6, deadline_ms: 1900, supply_after_ms: 1 });
+    w.schedule(20, request(2, 20, 2));
+    w.run_until(200);
+    assert!(w.result(0).is_none() && w.result(1).is_none());
+    assert_eq!(ok(&w, 2).written, 2, "it fits beside the slow one, and passes the large one that waits");
+    w.run();
+}
+
+fn actions(senders: usize, restarts: bool) -> impl Strategy<Value = Vec<(u64, Action)>> {
+    let sender = 0..senders;
+    let one = prop_oneof![
+        8 => (sender.clone(), 0..24u32, 1..9u32, 20..1500u64, 0..300u64).prop_map(
+            |(sender, first, count, deadline_ms, supply_after_ms)| Action::Request {
+                sender, first, count, deadline_ms, supply_after_ms
+            }
+        ),
+        1 => sender.clone().prop_map(|sender| Action::Abort { sender }),
+        1 => (sender.clone(), 0..400u64).prop_map(|(sender, silent_ms)| Action::Kill { sender, silent_ms }),
+        1 => (sender.clone(), 0..900u64).prop_map(|(sender, ms)| Action::Stop { sender, ms }),
+        1 => sender.prop_map(|sender| Action::Disconnect { sender }),
+        5 => (0..32u32, 0..200u64, any::<bool>())
+            .prop_map(|(key, hold_ms, remove)| Action::Consume { key, hold_ms, remove }),
+        u32::from(restarts) => Just(Action::RestartReceiver),
+    ];
+    proptest::collection::vec((0..1000u64, one), 1..24)
+}
+
+/// `KVXFER_SIM_CASES` asks for a longer search.
+fn cases() -> u32 {
+    std::env::var("KVXFER_SIM_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(400)
+}
+
+fn play(pages: u32, faults: Faults, script: Vec<(u64, Action)>) -> World {
+    let mut w = World::new(settings(pages), 3, faults);
+    for (at, action) in script {
+        w.schedule(at, action);
+    }
+    w.run();
+    w
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), max_shrink_iters: 2000, ..ProptestConfig::default() })]
+
+    /// The link as it is: in order, nothing lost while it is up. Transfers are slow, fail and arrive damaged; peers come and go.
+    #[test]
+    fn any_interleaving_keeps_the_promises(
+        pages in 8..20u32,
+        script in actions(3, true),
+        choices in proptest::collection::vec(any::<u8>(), 1..64),
+    ) {
+        let faults = Faults { choices, corrupt: true, fail: true, slow: true, ..Faults::default() };
+        play(pages, faults, script);
+    }
+
+    /// A link that loses, repeats and reorders messages: it never does, but the promises do not depend on it.
+    #[test]
+    fn a_hostile_link_breaks_no_promise(
+        pages in 8..20u32,
+        script in actions(3, false),
+        choices in proptest::collection::vec(any::<u8>(), 1..64),
+    ) {
+        let faults = Faults {
+            choices, drop: true, duplicate: true, reorder: true, corrupt: true, fail: true, slow: true,
+        };
+        play(pages, faults, script);
+    }
+
+    /// Without faults and with enough time every request succeeds, however requests share chunks and pages.
+    #[test]
+    fn without_faults_every_request_succeeds(
+        pages in 12..20u32,
+        requests in proptest::collection::vec((0..3usize, 0..24u32, 1..13u32, 0..100u64, 0..50u64), 1..6),
+    ) {
+        let mut settings = settings(pages);
+        settings.admission_timeout = std::time::Duration::from_secs(60);
+        settings.retention = std::time::Duration::from_millis(500);
+        let mut w = World::new(settings, 3, Faults::default());
+        let n = requests.len();
+        for (sender, first, count, at, supply_after_ms) in requests {
+            w.schedule(at, Action::Request { sender, first, count, deadline_ms: 60_000, supply_after_ms });
+        }
+        w.run_until(30_000);
+        prop_assert_eq!(w.requests.len(), n);
+        for i in 0..n {
+            ok(&w, i);
+        }
+        w.run();
+    }
+}
