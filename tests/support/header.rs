@@ -93,5 +93,6 @@ impl Function {
 /// Splits `const char *const *name` into type and name.
 fn split_name(text: &str) -> (String, String) {
     let at = text.rfind([' ', '*']).map_or(0, |i| i + 1);
-    (text[..at].split_whitespace().collect::<Vec<_>>().join(" "), text[at..].to_owned())
+    let kind = text[..at].replace("struct ", "");
+    (kind.split_whitespace().collect::<Vec<_>>().join(" "), text[at..].to_owned())
 }

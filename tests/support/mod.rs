@@ -2,3 +2,5 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 pub(crate) mod header;
+pub(crate) mod nulls;
+pub(crate) mod program;
