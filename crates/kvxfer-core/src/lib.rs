@@ -16,7 +16,10 @@ pub mod memory;
 pub mod metrics;
 pub mod transport;
 
-pub use agent::{Agent, AgentBuilder, Notification, Peer, Region, RemoteRegion, Transfer, TransferOptions};
+pub use agent::{
+    Access, Agent, AgentBuilder, Notification, Peer, PeerState, PeerStats, Region, RemoteRegion, Transfer,
+    TransferOptions, TransferReport, TransportStatus,
+};
 pub use channel::{Receiver, ReceiverConfig, Sender, SenderConfig};
 pub use config::AgentConfig;
 pub use error::{Error, Result};

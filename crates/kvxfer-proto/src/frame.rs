@@ -4,7 +4,7 @@
 //! out whole frames; a length beyond its limit is an error at once, before anything of that frame is kept, so memory
 //! is bounded by the limit. Before authentication the limit is [`MAX_FRAME_BEFORE_AUTH`].
 
-use crate::wire::{MAX_FRAME, Message};
+use crate::wire::{self, Message};
 
 /// First bytes of a control connection.
 pub const PREAMBLE_CONTROL: [u8; 8] = *b"KVXFER\0C";
@@ -88,33 +88,22 @@ impl Decoder {
 
 /// A message as a frame, length prefix included.
 pub fn encode(message: &Message) -> Result<Vec<u8>, FrameError> {
-    let mut frame = vec![0; 4];
-    rmp_serde::encode::write_named(&mut frame, message).map_err(|e| FrameError::Malformed(e.to_string()))?;
-    let len = frame.len() - 4;
-    if len > MAX_FRAME {
-        return Err(FrameError::TooLarge { len: len as u64, limit: MAX_FRAME });
-    }
-    frame[..4].copy_from_slice(&(len as u32).to_le_bytes());
+    let body = wire::encode(message).map_err(|e| FrameError::Malformed(e.to_string()))?;
+    let mut frame = Vec::with_capacity(body.len() + 4);
+    frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    frame.extend_from_slice(&body);
     Ok(frame)
 }
 
-/// A frame's payload as a message. Bytes after the message are an error.
+/// A frame's payload as a message.
 pub fn decode(payload: &[u8]) -> Result<Message, FrameError> {
-    use serde::Deserialize;
-    let mut rest = payload;
-    let mut source = rmp_serde::Deserializer::new(&mut rest);
-    let message = Message::deserialize(&mut source).map_err(|e| FrameError::Malformed(e.to_string()))?;
-    drop(source);
-    if rest.is_empty() {
-        Ok(message)
-    } else {
-        Err(FrameError::Malformed(format!("{} bytes follow the message", rest.len())))
-    }
+    wire::decode(payload).map_err(|e| FrameError::Malformed(e.to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::MAX_FRAME;
     use proptest::prelude::*;
 
     fn ping(nonce: u64) -> Message {

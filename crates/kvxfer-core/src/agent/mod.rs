@@ -1,54 +1,93 @@
 //! An agent: one endpoint of a process, with its regions, its peers and one progress thread.
+//!
+//! ```text
+//! Agent ── register ──► Region ─┐                        ┌─► choose: best path that reaches both regions
+//!   │                           ├─► Peer::write/read ────┼─► Link::submit (transport)  ──► Tracker ──► Transfer
+//!   └─ connect ──► Peer ── region ──► RemoteRegion       └─► deadline on the progress thread
+//! ```
+//!
+//! The public types are here; [`state`] is what they share, [`progress`] the thread that owns sockets and timers,
+//! [`accept`] and [`connect`] the two ends of a handshake, [`links`] the data paths, [`entry`] the end of a peer,
+//! [`mailbox`] and [`inbox`] the notifications, and [`host`] the seam to the channels.
 
+mod accept;
+pub(crate) mod address;
+mod builder;
+mod choose;
+mod conn;
+mod connect;
+mod entry;
 pub(crate) mod host;
+mod identity;
+mod inbox;
+mod links;
+mod mailbox;
+mod peer;
+mod progress;
+mod reactor;
+mod region;
+mod side;
+mod state;
+mod transfer;
+mod transports;
 
-use crate::config::AgentConfig;
-use crate::transport::{Op, Outcome, Piece, SegmentDigests, Transport, TransportKind};
-use crate::{Memory, Result};
-use kvxfer_proto::{AgentName, Epoch, ErrorCode, Integrity, RegionId, TransferId};
+pub use builder::AgentBuilder;
+pub use peer::PeerStats;
+pub use transfer::MAX_PIECES;
+
+use crate::memory::Memory;
+use crate::transport::TransportKind;
+use crate::{Error, Result};
+use kvxfer_proto::wire::Message;
+use kvxfer_proto::{AgentName, Epoch, ErrorCode, Integrity};
+use parking_lot::Mutex;
+use reactor::Command;
+use region::RegionInner;
+use state::{Export, Inner};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// One endpoint. Cheap to clone; the last clone shuts it down (see [`Agent::shutdown`]).
+///
+/// Threads: everything here may be called from any thread. A child of `fork` must make agents of its own: every call
+/// on one made before answers with [`ErrorCode::Closed`] there.
 #[derive(Clone)]
 pub struct Agent {
-    _inner: Arc<()>,
+    handle: Arc<Handle>,
 }
 
-/// Builds an [`Agent`]; starts from [`AgentConfig::default`] and, when asked, the environment.
-pub struct AgentBuilder {
-    config: AgentConfig,
-    transports: Vec<Arc<dyn Transport>>,
-}
-
-/// Registered memory. Cheap to clone; deregistered when the last clone and the last transfer on it are gone.
+/// Registered memory. Cheap to clone; deregistered when the last clone, export and transfer on it are gone.
 #[derive(Clone)]
 pub struct Region {
-    _inner: Arc<()>,
+    inner: Arc<RegionInner>,
 }
 
-/// A peer's exported region.
+/// A peer's exported region. Cheap to clone.
 #[derive(Clone)]
 pub struct RemoteRegion {
-    _inner: Arc<()>,
+    inner: Arc<region::RemoteInner>,
 }
 
 /// A connected remote agent of one epoch. Stays valid (and answers with errors) after the peer is gone.
 #[derive(Clone)]
 pub struct Peer {
-    _inner: Arc<()>,
+    agent: Arc<Inner>,
+    inner: Arc<peer::PeerInner>,
 }
 
 /// A transfer under way or finished. Dropping it does not cancel it; it detaches.
+#[derive(Clone)]
 pub struct Transfer {
-    _inner: Arc<()>,
+    inner: Arc<transfer::TransferInner>,
 }
 
 /// What a transfer may be told beside its pieces.
 #[derive(Clone, Debug, Default)]
 pub struct TransferOptions {
-    /// Ends it with [`ErrorCode::TimedOut`]; default: [`AgentConfig::transfer_timeout`].
+    /// Ends it with [`ErrorCode::TimedOut`]; default: [`crate::AgentConfig::transfer_timeout`].
     pub timeout: Option<Duration>,
     /// Sent to the peer once every byte has landed, and only then; at most [`kvxfer_proto::wire::MAX_NOTIFICATION`] bytes.
     pub notify: Option<Vec<u8>>,
@@ -58,7 +97,7 @@ pub struct TransferOptions {
     pub transport: Option<TransportKind>,
 }
 
-/// A notification that arrived.
+/// A notification that arrived. Those of one peer come in the order they were sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notification {
     /// Who sent it.
@@ -95,125 +134,29 @@ pub struct TransferReport {
     pub detail: Option<String>,
 }
 
-impl AgentBuilder {
-    /// Replaces the whole configuration.
-    pub fn config(mut self, config: AgentConfig) -> Self {
-        self.config = config;
-        self
-    }
-    /// Sets the name.
-    pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.config.name = Some(name.into());
-        self
-    }
-    /// Adds a listening address, `tcp://host:port` or `unix:///path`.
-    pub fn listen(mut self, address: impl Into<String>) -> Self {
-        self.config.listen.push(address.into());
-        self
-    }
-    /// Sets the pre-shared key.
-    pub fn auth_key(mut self, key: impl Into<Vec<u8>>) -> Self {
-        self.config.auth_key = Some(crate::config::Secret::new(key));
-        self
-    }
-    /// Allows only these transports, in this order.
-    pub fn allow(mut self, kinds: impl IntoIterator<Item = TransportKind>) -> Self {
-        self.config.transports.allow = kinds.into_iter().collect();
-        self
-    }
-    /// Adds a transport of the caller's own (or a decorated one), asked before the built-in ones.
-    pub fn transport(mut self, transport: Arc<dyn Transport>) -> Self {
-        self.transports.push(transport);
-        self
-    }
-    /// Overlays `KVXFER_*` environment variables (the only place that reads them).
-    pub fn env(self) -> Result<Self> {
-        todo!("runtime")
-    }
-    /// Starts the agent: listeners are bound and the progress thread runs when this returns.
-    pub fn build(self) -> Result<Agent> {
-        let _ = self.transports;
-        todo!("runtime")
+impl TransferReport {
+    /// The failure as an error; `Ok` when every byte has landed.
+    pub fn ok(&self) -> Result<()> {
+        match self.error {
+            None => Ok(()),
+            Some(code) => Err(Error::failed(code, self.detail.clone().unwrap_or_else(|| code.to_string()))),
+        }
     }
 }
 
-impl Agent {
-    /// Starts building one.
-    pub fn builder() -> AgentBuilder {
-        AgentBuilder { config: AgentConfig::default(), transports: Vec::new() }
-    }
-    /// Its name.
-    pub fn name(&self) -> &AgentName {
-        todo!("runtime")
-    }
-    /// Its epoch.
-    pub fn epoch(&self) -> Epoch {
-        todo!("runtime")
-    }
-    /// Addresses it listens on, with the real port where 0 was asked for.
-    pub fn addresses(&self) -> Vec<String> {
-        todo!("runtime")
-    }
-    /// Allocates shareable memory and registers it.
-    pub fn allocate(&self, _len: usize) -> Result<Region> {
-        todo!("runtime")
-    }
-    /// Registers memory.
-    pub fn register(&self, _memory: Arc<Memory>) -> Result<Region> {
-        todo!("runtime")
-    }
-    /// Makes a region reachable for every authenticated peer under `name`.
-    pub fn export(&self, _region: &Region, _name: &str, _access: Access) -> Result<()> {
-        todo!("runtime")
-    }
-    /// Takes an export back; peers' later transfers on it fail.
-    pub fn unexport(&self, _name: &str) -> Result<()> {
-        todo!("runtime")
-    }
-    /// Connects to a listening agent. A peer already connected under the same address and still up is returned as it is.
-    pub fn connect(&self, _address: &str, _timeout: Duration) -> Result<Peer> {
-        todo!("runtime")
-    }
-    /// The connected peer of that name (either side may have opened the connection).
-    pub fn peer(&self, _name: &str) -> Option<Peer> {
-        todo!("runtime")
-    }
-    /// All peers that are up.
-    pub fn peers(&self) -> Vec<Peer> {
-        todo!("runtime")
-    }
-    /// Next notification, if one is there.
-    pub fn try_notification(&self) -> Option<Notification> {
-        todo!("runtime")
-    }
-    /// Waits for the next notification; `Ok(None)` when the time is over.
-    pub fn notification(&self, _timeout: Duration) -> Result<Option<Notification>> {
-        todo!("runtime")
-    }
-    /// Readable while something has happened since [`Agent::clear_event`]: a transfer ended or a notification came.
-    /// For epoll and asyncio. Owned by the agent: do not close it.
-    pub fn event_fd(&self) -> BorrowedFd<'_> {
-        todo!("runtime")
-    }
-    /// Makes [`Agent::event_fd`] unreadable until the next event. Call it before looking at transfers and notifications.
-    pub fn clear_event(&self) {
-        todo!("runtime")
-    }
-    /// Metrics in Prometheus text format.
-    pub fn metrics(&self) -> String {
-        todo!("runtime")
-    }
-    /// Adds a channel; it is asked in the order of addition and forgotten when it is dropped.
-    pub(crate) fn add_host(&self, _host: std::sync::Weak<dyn host::Host>) {
-        todo!("runtime")
-    }
-    /// Makes the progress thread ask every host's tick soon.
-    pub(crate) fn schedule(&self) {
-        todo!("runtime")
-    }
-    /// Ends everything in order: transfers are cancelled, peers told, threads joined. Further calls fail with [`ErrorCode::Closed`].
-    pub fn shutdown(&self, _timeout: Duration) -> Result<()> {
-        todo!("runtime")
+/// Whether a transport can be used on this agent, for `doctor` and for error texts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TransportStatus {
+    /// Which one.
+    pub kind: TransportKind,
+    /// Why it cannot be used; `None` when it can.
+    pub reason: Option<String>,
+}
+
+impl TransportStatus {
+    /// True when it can be used.
+    pub fn is_available(&self) -> bool {
+        self.reason.is_none()
     }
 }
 
@@ -228,162 +171,216 @@ pub enum Access {
     ReadWrite,
 }
 
-impl Region {
-    /// Its id.
-    pub fn id(&self) -> RegionId {
-        todo!("runtime")
-    }
-    /// Its memory.
-    pub fn memory(&self) -> &Arc<Memory> {
-        todo!("runtime")
-    }
-    /// Length in bytes.
-    pub fn len(&self) -> u64 {
-        todo!("runtime")
-    }
-    /// Never true.
-    pub fn is_empty(&self) -> bool {
-        false
-    }
+/// Owns the thread; the last clone of [`Agent`] drops it.
+struct Handle {
+    inner: Arc<Inner>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl RemoteRegion {
-    /// Length in bytes.
-    pub fn len(&self) -> u64 {
-        todo!("runtime")
+impl Agent {
+    /// Starts building one.
+    pub fn builder() -> AgentBuilder {
+        AgentBuilder::default()
     }
-    /// Never true.
-    pub fn is_empty(&self) -> bool {
-        false
-    }
-    /// Transports that reach it, best first.
-    pub fn transports(&self) -> Vec<TransportKind> {
-        todo!("runtime")
-    }
-}
-
-impl Peer {
     /// Its name.
     pub fn name(&self) -> &AgentName {
-        todo!("runtime")
+        &self.handle.inner.name
     }
-    /// Its epoch; another one means another process.
+    /// Its epoch.
     pub fn epoch(&self) -> Epoch {
-        todo!("runtime")
+        self.handle.inner.epoch
     }
-    /// Up or gone.
-    pub fn state(&self) -> PeerState {
-        todo!("runtime")
+    /// Its settings.
+    pub fn config(&self) -> &crate::AgentConfig {
+        &self.handle.inner.config
     }
-    /// Looks up a region the peer exports.
-    pub fn region(&self, _name: &str, _timeout: Duration) -> Result<RemoteRegion> {
-        todo!("runtime")
+    /// Addresses it listens on, with the real port where 0 was asked for.
+    pub fn addresses(&self) -> Vec<String> {
+        self.handle.inner.listeners.iter().map(|l| l.address.clone()).collect()
     }
-    /// Starts moving local bytes to the peer. Does not block.
-    pub fn write(
-        &self,
-        local: &Region,
-        remote: &RemoteRegion,
-        pieces: &[Piece],
-        options: TransferOptions,
-    ) -> Result<Transfer> {
-        self.submit(Op::Write, local, remote, pieces, options)
+    /// Every transport this library knows, and why it cannot be used here where it cannot.
+    pub fn transports(&self) -> Vec<TransportStatus> {
+        self.handle.inner.status.clone()
     }
-    /// Starts moving the peer's bytes here. Does not block.
-    pub fn read(
-        &self,
-        local: &Region,
-        remote: &RemoteRegion,
-        pieces: &[Piece],
-        options: TransferOptions,
-    ) -> Result<Transfer> {
-        self.submit(Op::Read, local, remote, pieces, options)
+    /// Allocates shareable memory and registers it.
+    pub fn allocate(&self, len: usize) -> Result<Region> {
+        self.handle.inner.check()?;
+        self.register(Memory::shared(len, self.handle.inner.config.shm.huge_pages)?)
     }
-    /// [`Peer::write`] or [`Peer::read`].
-    pub fn submit(
-        &self,
-        _op: Op,
-        _local: &Region,
-        _remote: &RemoteRegion,
-        _pieces: &[Piece],
-        _options: TransferOptions,
-    ) -> Result<Transfer> {
-        todo!("runtime")
+    /// Registers memory.
+    pub fn register(&self, memory: Arc<Memory>) -> Result<Region> {
+        self.handle.inner.check()?;
+        Ok(Region { inner: RegionInner::register(&self.handle.inner, memory)? })
     }
-    /// Sends a notification without data. Does not block.
-    pub fn notify(&self, _payload: &[u8]) -> Result<()> {
-        todo!("runtime")
+    /// Makes a region reachable for every authenticated peer under `name`.
+    pub fn export(&self, region: &Region, name: &str, access: Access) -> Result<()> {
+        let inner = &self.handle.inner;
+        inner.check()?;
+        let bad = |problem: String| Error::InvalidArgument { argument: "region name", problem };
+        AgentName::new(name).map_err(|e| bad(format!("{name:?}: {e}")))?;
+        if !Arc::ptr_eq(&region.inner.agent, inner) {
+            return Err(Error::InvalidArgument {
+                argument: "region",
+                problem: format!("region {} belongs to another agent", region.id()),
+            });
+        }
+        let mut exports = inner.exports.write();
+        if exports.contains_key(name) {
+            return Err(bad(format!("a region is exported as {name:?} already; unexport it first")));
+        }
+        exports.insert(name.to_owned(), Export { region: region.inner.clone(), access });
+        drop(exports);
+        inner.allow(&region.inner);
+        Ok(())
     }
-    /// Queues a control message; does not block. Fails when the peer is gone or its queue is full.
-    pub(crate) fn send(&self, _message: kvxfer_proto::wire::Message) -> Result<()> {
-        todo!("runtime")
+    /// Takes an export back; peers' later transfers on it fail. Transfers of a peer that are under way at this moment
+    /// still end normally: memory that is to be reused at once needs [`Peer::disconnect`] or an agreement with the peer.
+    pub fn unexport(&self, name: &str) -> Result<()> {
+        let inner = &self.handle.inner;
+        inner.check()?;
+        let export = inner.exports.write().remove(name);
+        let Some(export) = export else {
+            return Err(Error::NotFound { what: "exported region", name: name.to_owned() });
+        };
+        // The same memory may be exported under another name too.
+        if !inner.allow(&export.region) {
+            for peer in self.peers() {
+                let _ = peer.send(Message::Unexported { region: export.region.id });
+            }
+        }
+        Ok(())
     }
-    /// What peers must be told to reach `region` (a pool's region travels in `Attached`).
-    pub(crate) fn advert(&self, _region: &Region, _name: &str) -> Result<kvxfer_proto::wire::RegionAdvert> {
-        todo!("runtime")
+    /// Connects to a listening agent. A peer already connected under the same address and still up is returned as it is.
+    pub fn connect(&self, address: &str, timeout: Duration) -> Result<Peer> {
+        let inner = &self.handle.inner;
+        Ok(Peer::from_inner(inner, &connect::connect(inner, address, timeout)?))
     }
-    /// Imports a region from its advert on every connected transport that has a ticket for it.
-    pub(crate) fn import(&self, _advert: &kvxfer_proto::wire::RegionAdvert) -> Result<RemoteRegion> {
-        todo!("runtime")
+    /// The connected peer of that name (either side may have opened the connection).
+    pub fn peer(&self, name: &str) -> Option<Peer> {
+        let inner = &self.handle.inner;
+        inner.check().ok()?;
+        let peer = inner.peer(&AgentName::new(name).ok()?)?;
+        Some(Peer::from_inner(inner, &peer))
     }
-    /// Like [`Peer::write`], and the mover leaves segment digests in `digests` when it can (see [`Peer::fuses_digest`]).
-    pub(crate) fn write_with_digests(
-        &self,
-        _local: &Region,
-        _remote: &RemoteRegion,
-        _pieces: &[Piece],
-        _options: TransferOptions,
-        _digests: Option<Arc<SegmentDigests>>,
-    ) -> Result<Transfer> {
-        todo!("runtime")
+    /// All peers that are up.
+    pub fn peers(&self) -> Vec<Peer> {
+        let inner = &self.handle.inner;
+        if inner.check().is_err() {
+            return Vec::new();
+        }
+        let table = inner.peers.read();
+        table.by_name.values().filter(|p| p.is_up()).map(|p| Peer::from_inner(inner, p)).collect()
     }
-    /// True when the transport that would carry a write from `local` to `remote` fills [`SegmentDigests`] while copying.
-    pub(crate) fn fuses_digest(&self, _local: &Region, _remote: &RemoteRegion) -> bool {
-        todo!("runtime")
+    /// Next notification, if one is there.
+    pub fn try_notification(&self) -> Option<Notification> {
+        let inner = &self.handle.inner;
+        if identity::forked_since(inner.made_in) { None } else { inner.inbox.try_pop() }
     }
-    /// Connected transports, best first, each with a description (address, streams, protocol underneath).
-    pub fn paths(&self) -> Vec<(TransportKind, String)> {
-        todo!("runtime")
+    /// Waits for the next notification; `Ok(None)` when the time is over.
+    pub fn notification(&self, timeout: Duration) -> Result<Option<Notification>> {
+        let inner = &self.handle.inner;
+        inner.check()?;
+        inner.check_may_wait("Agent::notification")?;
+        match inner.inbox.wait(Instant::now() + timeout, inner.config.spin) {
+            Some(n) => Ok(Some(n)),
+            None => inner.check().map(|()| None),
+        }
     }
-    /// Disconnects; transfers under way end with [`ErrorCode::PeerGone`].
-    pub fn disconnect(&self) {
-        todo!("runtime")
+    /// Readable while something has happened since [`Agent::clear_event`]: a transfer ended or a notification came.
+    /// For epoll and asyncio. Owned by the agent: do not close it.
+    pub fn event_fd(&self) -> BorrowedFd<'_> {
+        self.handle.inner.inbox.outside()
+    }
+    /// Makes [`Agent::event_fd`] unreadable until the next event. Call it before looking at transfers and notifications.
+    pub fn clear_event(&self) {
+        if !identity::forked_since(self.handle.inner.made_in) {
+            self.handle.inner.inbox.clear();
+        }
+    }
+    /// Metrics in Prometheus text format.
+    pub fn metrics(&self) -> String {
+        if identity::forked_since(self.handle.inner.made_in) {
+            return String::new();
+        }
+        self.handle.inner.metrics.text()
+    }
+    /// The gauges of a pool, for its channel to set.
+    pub(crate) fn pool_gauges(&self, pool: &str) -> crate::metrics::PoolGauges {
+        self.handle.inner.metrics.pool(pool)
+    }
+    /// Adds a channel; it is asked in the order of addition and forgotten when it is dropped.
+    pub(crate) fn add_host(&self, host: std::sync::Weak<dyn host::Host>) {
+        let inner = &self.handle.inner;
+        inner.hosts.write().push(host.clone());
+        inner.reactor.command(Command::HostAdded(host));
+    }
+    /// Makes the progress thread ask every host's tick soon.
+    pub(crate) fn schedule(&self) {
+        let reactor = &self.handle.inner.reactor;
+        reactor.tick_wanted.store(true, Ordering::Release);
+        if !reactor.is_progress_thread() {
+            reactor.wake();
+        }
+    }
+    /// True when the two are clones of one agent.
+    pub fn same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.handle, &other.handle)
+    }
+    /// Ends everything in order: transfers are cancelled, peers told, threads joined. Further calls fail with [`ErrorCode::Closed`].
+    ///
+    /// An error says that something was still under way after `timeout`: a peer has not confirmed that it stopped
+    /// writing to our memory, so that memory may not be reused yet.
+    pub fn shutdown(&self, timeout: Duration) -> Result<()> {
+        self.handle.shutdown(timeout)
     }
 }
 
-impl Transfer {
-    /// Its id.
-    pub fn id(&self) -> TransferId {
-        todo!("runtime")
-    }
-    /// True when it has ended; its memory is not touched any more.
-    pub fn is_finished(&self) -> bool {
-        todo!("runtime")
-    }
-    /// Waits for the end and tells how it went; [`crate::Error::TimedOut`] when `timeout` passes first (the transfer goes on until its own deadline).
-    pub fn wait(&self, _timeout: Duration) -> Result<TransferReport> {
-        todo!("runtime")
-    }
-    /// The report, once finished.
-    pub fn report(&self) -> Option<TransferReport> {
-        todo!("runtime")
-    }
-    /// Outcome of piece `i`.
-    pub fn outcome(&self, _i: usize) -> Option<Outcome> {
-        todo!("runtime")
-    }
-    /// Asks it to end. `true`: it has ended and no byte changes any more (`Done`). `false`: not yet; wait for it.
-    pub fn cancel(&self) -> bool {
-        todo!("runtime")
+impl Handle {
+    fn shutdown(&self, timeout: Duration) -> Result<()> {
+        if identity::forked_since(self.inner.made_in) {
+            return Err(identity::forked_error());
+        }
+        let deadline = Instant::now() + timeout;
+        self.inner.closed.store(true, Ordering::Release);
+        self.inner.inbox.shut();
+        self.inner.reactor.command(Command::Shutdown(deadline));
+        if self.inner.reactor.is_progress_thread() {
+            // A channel's callback held the last clone: the thread ends itself after it.
+            return Ok(());
+        }
+        let Some(result) = self.inner.wait_ended(deadline + Duration::from_millis(500)) else {
+            return Err(Error::TimedOut {
+                operation: format!("shutting down agent {:?}", self.inner.name.as_str()),
+                after: timeout,
+            });
+        };
+        if let Some(thread) = self.thread.lock().take() {
+            let _ = thread.join();
+        }
+        result
     }
 }
 
-impl std::future::Future for Transfer {
-    type Output = TransferReport;
-    fn poll(
-        self: std::pin::Pin<&mut Self>,
-        _cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<TransferReport> {
-        todo!("runtime")
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if identity::forked_since(self.inner.made_in) {
+            // Thread, sockets and mappings are the parent's: leave this copy of everything alone.
+            std::mem::forget(self.inner.clone());
+            std::mem::forget(self.thread.lock().take());
+            return;
+        }
+        if let Err(e) = self.shutdown(Duration::from_secs(1)) {
+            tracing::debug!(agent = %self.inner.name, error = %e, "dropped");
+        }
+    }
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent")
+            .field("name", &self.name().as_str())
+            .field("epoch", &self.epoch().0)
+            .field("addresses", &self.addresses())
+            .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,206 @@
+//! The data paths to one peer: which transports are offered, connected, left out and why.
+
+use super::choose::{self, Candidate};
+use super::identity;
+use super::inbox::Mailbox;
+use super::mailbox::{Consumer, Invitation, Producer};
+use super::side::{self, SideChannel};
+use super::state::Inner;
+use crate::metrics::PathMetrics;
+use crate::transport::{Capabilities, Link, PeerInfo, TransportKind};
+use crate::{Error, Result};
+use kvxfer_proto::wire::Offer;
+use kvxfer_proto::{AgentName, ErrorCode};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// One connected transport.
+pub(crate) struct Path {
+    pub(crate) candidate: Candidate,
+    pub(crate) caps: Capabilities,
+    pub(crate) link: Arc<dyn Link>,
+    pub(crate) metrics: PathMetrics,
+}
+
+/// Everything a peer needs beside its control connection.
+pub(crate) struct Assembled {
+    pub(crate) info: PeerInfo,
+    /// Best first.
+    pub(crate) paths: Vec<Path>,
+    /// Transports left out, with the reason.
+    pub(crate) skipped: Vec<(TransportKind, String)>,
+    pub(crate) side: Option<Arc<SideChannel>>,
+    /// Where we put notifications for the peer.
+    pub(crate) outbox: Option<Producer>,
+    /// Where the peer puts notifications for us.
+    pub(crate) mailbox: Option<Arc<Mailbox>>,
+    /// The peer's process.
+    pub(crate) pidfd: Option<OwnedFd>,
+}
+
+/// Why this transport cannot reach that peer, before anything is tried.
+fn out_of_reach(caps: &Capabilities, info: &PeerInfo, side: &Result<(), String>) -> Option<String> {
+    if caps.same_process && !info.same_process {
+        Some("the peer is another process".into())
+    } else if caps.same_host && !info.same_host {
+        Some("the peer is on another host (or in another PID namespace)".into())
+    } else if caps.same_host
+        && !caps.same_process
+        && let Err(reason) = side
+    {
+        Some(reason.clone())
+    } else {
+        None
+    }
+}
+
+/// What our transports tell the peer. `side`: whether descriptors can be passed, or why not.
+pub(crate) fn offers(inner: &Inner, info: &PeerInfo, side: &Result<(), String>) -> Vec<Offer> {
+    inner
+        .slots
+        .iter()
+        .filter(|s| out_of_reach(&s.caps, info, side).is_none())
+        .filter_map(|s| {
+            let payload = s.transport.offer(info)?;
+            Some(Offer { transport: s.kind.as_str().into(), payload })
+        })
+        .collect()
+}
+
+/// Connects every transport that both sides offer. Failures are reasons, not errors, as long as one path stands.
+fn connect(
+    inner: &Inner,
+    info: &PeerInfo,
+    offers: &[Offer],
+    side: &Result<(), String>,
+    deadline: Instant,
+) -> (Vec<Path>, Vec<(TransportKind, String)>) {
+    let mut skipped: Vec<_> =
+        inner.status.iter().filter_map(|s| s.reason.clone().map(|r| (s.kind, r))).collect();
+    let mut paths = Vec::new();
+    for slot in &inner.slots {
+        if let Some(reason) = out_of_reach(&slot.caps, info, side) {
+            skipped.push((slot.kind, reason));
+            continue;
+        }
+        let Some(offer) = offers.iter().find(|o| o.transport == slot.kind.as_str()) else {
+            skipped.push((slot.kind, "the peer does not offer it".into()));
+            continue;
+        };
+        match slot.transport.connect(info, &offer.payload, deadline) {
+            Ok(link) => {
+                let rdma = slot.kind == TransportKind::Nixl && link.describe().contains("rdma");
+                paths.push(Path {
+                    candidate: Candidate { kind: slot.kind, rdma },
+                    caps: slot.caps,
+                    link,
+                    metrics: inner.metrics.path(&info.name, slot.kind),
+                });
+            }
+            Err(e) => {
+                tracing::debug!(peer = %info.name, transport = %slot.kind, error = %e, "transport left out");
+                skipped.push((slot.kind, e.to_string()));
+            }
+        }
+    }
+    paths.sort_by_key(|p| choose::rank(&inner.config.transports, p.candidate));
+    (paths, skipped)
+}
+
+/// Connects the data paths, checks them against the policy, and takes the mailbox over. Blocks until `deadline` at most.
+pub(crate) fn assemble(
+    inner: &Inner,
+    info: PeerInfo,
+    offers: &[Offer],
+    side: Result<Arc<SideChannel>, String>,
+    mailbox: Option<Arc<Mailbox>>,
+    deadline: Instant,
+) -> Result<Assembled> {
+    let reachable = side.as_ref().map(|_| ()).map_err(Clone::clone);
+    let (paths, skipped) = connect(inner, &info, offers, &reachable, deadline);
+    let side = side.ok();
+    let done = check(inner, &info, &paths, &skipped).and_then(|()| {
+        let outbox = match &side {
+            Some(side) => take_mailbox(side, deadline)?,
+            None => None,
+        };
+        Ok((outbox, open_process(&info)))
+    });
+    match done {
+        Ok((outbox, pidfd)) => Ok(Assembled { info, paths, skipped, side, outbox, mailbox, pidfd }),
+        Err(e) => {
+            close_paths(&paths);
+            Err(e)
+        }
+    }
+}
+
+pub(crate) fn close_paths(paths: &[Path]) {
+    paths.iter().for_each(|p| p.link.close());
+}
+
+fn check(inner: &Inner, info: &PeerInfo, paths: &[Path], skipped: &[(TransportKind, String)]) -> Result<()> {
+    let why = || {
+        let reasons: Vec<_> = skipped.iter().map(|(kind, reason)| format!("{kind}: {reason}")).collect();
+        if reasons.is_empty() { "none is enabled here".to_owned() } else { reasons.join("; ") }
+    };
+    let found: Vec<_> = paths.iter().map(|p| p.candidate).collect();
+    if let Some(text) = choose::unmet(&inner.config.transports, &found) {
+        return Err(Error::failed(
+            ErrorCode::Requirement,
+            format!("agent {:?}: {text} ({})", info.name.as_str(), why()),
+        ));
+    }
+    if paths.is_empty() {
+        return Err(Error::failed(
+            ErrorCode::NotAvailable,
+            format!(
+                "no transport reaches agent {:?} ({}): {}",
+                info.name.as_str(),
+                identity::whereabouts(info),
+                why()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Makes our mailbox for that peer and sends it the invitation (or the word that there is none).
+pub(crate) fn invite(side: &SideChannel, peer: &AgentName) -> Result<Option<Arc<Mailbox>>> {
+    match Consumer::new() {
+        Ok((ring, invitation)) => {
+            side.send(side::MAILBOX, Some(invitation.memory.as_fd()))?;
+            side.send(side::MAILBOX_EVENT, Some(invitation.event.as_fd()))?;
+            Ok(Some(Arc::new(Mailbox {
+                peer: peer.clone(),
+                ring,
+                closing: AtomicBool::new(false),
+                violated: AtomicBool::new(false),
+            })))
+        }
+        Err(e) => {
+            tracing::debug!(%peer, error = %e, "no mailbox: notifications take the control connection");
+            side.send(side::MAILBOX, None)?;
+            side.send(side::MAILBOX_EVENT, None)?;
+            Ok(None)
+        }
+    }
+}
+
+fn take_mailbox(side: &SideChannel, deadline: Instant) -> Result<Option<Producer>> {
+    match (side.take(side::MAILBOX, deadline)?, side.take(side::MAILBOX_EVENT, deadline)?) {
+        (Some(memory), Some(event)) => Producer::new(Invitation { memory, event }).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// The peer's process, to learn of its death. Its side socket has vouched for the process id.
+fn open_process(info: &PeerInfo) -> Option<OwnedFd> {
+    if !info.same_host || info.same_process {
+        return None;
+    }
+    let pid = rustix::process::Pid::from_raw(info.host.pid.cast_signed())?;
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}

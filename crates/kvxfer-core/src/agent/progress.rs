@@ -1,0 +1,736 @@
+//! The progress thread: the one place where an agent's sockets, timers and channels meet.
+//!
+//! It sleeps in `epoll` until something happens or the nearest deadline comes. Transports that need polling are polled
+//! only while they have jobs. Channels are called from here with no lock of the agent held.
+
+use super::accept::{self, Incoming, MAX_STRANGERS, Step};
+use super::entry::Entry;
+use super::host;
+use super::identity::whereabouts;
+use super::links::{self, Assembled};
+use super::peer::PeerInner;
+use super::reactor::{Command, WAKE};
+use super::side;
+use super::state::Inner;
+use super::{Access, Notification, Peer};
+use crate::{Error, Result};
+use kvxfer_proto::ErrorCode;
+use kvxfer_proto::frame::Decoder;
+use kvxfer_proto::wire::Message;
+use rustix::event::epoll::{self, EventFlags};
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Most notifications of one peer that wait here, when they do not come through a mailbox.
+const MAX_WAITING_NOTIFICATIONS: usize = 65_536;
+/// Between two looks at peers that are ending.
+const DRAIN_TICK: Duration = Duration::from_millis(5);
+/// How long listening rests when descriptors have run out.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+/// Naps between two polls of a library that has no thread of its own, once the spinning budget is spent.
+const POLL_NAP: Duration = Duration::from_micros(20);
+
+/// What an epoll token stands for.
+enum Source {
+    Listener(usize),
+    SideListener,
+    /// A side socket that has not yet shown its session.
+    SideStranger(OwnedFd, Instant),
+    Incoming,
+    Peer(u64),
+    PeerSide(u64),
+    PeerProcess(u64),
+}
+
+/// The thread's own state.
+pub(crate) struct Progress {
+    pub(super) inner: Arc<Inner>,
+    sources: HashMap<u64, Source>,
+    incoming: HashMap<u64, Incoming>,
+    pub(super) peers: HashMap<u64, Entry>,
+    connectors: usize,
+    /// Listeners rest until then.
+    resting: Option<Instant>,
+    next_tick: Option<Instant>,
+    spilled: Vec<Arc<PeerInner>>,
+    spill_nap: Duration,
+    polling_since: Option<Instant>,
+    shutdown: Option<Instant>,
+}
+
+/// Runs until the agent is shut down. A panic (a bug) ends the agent, not the process.
+pub(crate) fn run(inner: &Arc<Inner>) {
+    inner.reactor.adopt_thread();
+    let attempt = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut p = Progress::new(inner.clone());
+        p.run();
+        p.finish()
+    }));
+    let result = attempt.unwrap_or_else(|_| {
+        tracing::error!(agent = %inner.name, "the progress thread panicked; the agent is closed");
+        inner.closed.store(true, Ordering::Release);
+        Err(Error::failed(ErrorCode::Panic, "the agent's progress thread panicked; please report this"))
+    });
+    inner.inbox.shut();
+    drop(inner.reactor.end());
+    inner.set_ended(result);
+}
+
+impl Progress {
+    fn new(inner: Arc<Inner>) -> Self {
+        let mut p = Self {
+            inner,
+            sources: HashMap::new(),
+            incoming: HashMap::new(),
+            peers: HashMap::new(),
+            connectors: 0,
+            resting: None,
+            next_tick: None,
+            spilled: Vec::new(),
+            spill_nap: Duration::ZERO,
+            polling_since: None,
+            shutdown: None,
+        };
+        p.watch_listeners();
+        p
+    }
+
+    fn run(&mut self) {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        loop {
+            // Whoever adds a deadline while we are busy wakes us; the value is settled before we sleep.
+            self.inner.reactor.announce_sleep(None);
+            for command in self.inner.reactor.take_commands() {
+                self.command(command);
+            }
+            let next = self.timers();
+            if let Some(limit) = self.shutdown
+                && (self.peers.is_empty() || Instant::now() >= limit)
+            {
+                return;
+            }
+            let next = self.poll_transports(next);
+            self.inner.reactor.announce_sleep(next);
+            let timeout = next.map(|t| {
+                let left = t.saturating_duration_since(Instant::now());
+                rustix::event::Timespec {
+                    tv_sec: left.as_secs() as i64,
+                    tv_nsec: i64::from(left.subsec_nanos()),
+                }
+            });
+            events.clear();
+            match epoll::wait(
+                &self.inner.reactor.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                timeout.as_ref(),
+            ) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => {
+                    tracing::error!(error = %e, "epoll");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            for event in &events {
+                self.event(event.data.u64(), event.flags);
+            }
+        }
+    }
+
+    fn event(&mut self, token: u64, flags: EventFlags) {
+        if token == WAKE {
+            self.inner.reactor.clear_wake();
+            return;
+        }
+        match self.sources.get(&token) {
+            None => {}
+            Some(Source::Listener(i)) => self.accept(*i),
+            Some(Source::SideListener) => self.accept_side(),
+            Some(Source::SideStranger(..)) => self.side_stranger(token),
+            Some(Source::Incoming) => self.incoming(token),
+            Some(Source::Peer(id)) => {
+                let id = *id;
+                if let Some(entry) = self.peers.get(&id) {
+                    entry.peer.conn.flush();
+                }
+                if flags.intersects(EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR) {
+                    self.read_peer(id);
+                }
+            }
+            Some(Source::PeerSide(id)) => {
+                if let Some(side) = self.peers.get(id).and_then(|e| e.peer.side.as_ref())
+                    && !side.drain()
+                {
+                    self.inner.reactor.unwatch(&side.fd);
+                    self.sources.remove(&token);
+                }
+            }
+            Some(Source::PeerProcess(id)) => {
+                let id = *id;
+                self.process_died(id, token);
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::PeerUp(peer, decoder) => self.peer_up(peer, decoder),
+            Command::Gone(peer, code, text) => self.gone(peer.id, code, &text, true),
+            Command::Linked(token, result) => self.linked(token, *result),
+            Command::Spilled(peer) => {
+                if !self.spilled.iter().any(|p| p.id == peer.id) {
+                    self.spilled.push(peer);
+                    self.spill_nap = Duration::ZERO;
+                }
+            }
+            Command::Reap(region) => drop(region),
+            Command::HostAdded(host) => {
+                if let Some(host) = host.upgrade() {
+                    for entry in self.peers.values().filter(|e| e.peer.is_up()) {
+                        host.peer_up(&Peer::from_inner(&self.inner, &entry.peer));
+                    }
+                }
+            }
+            Command::Shutdown(deadline) => {
+                if self.shutdown.is_none() {
+                    self.begin_shutdown();
+                }
+                self.shutdown = Some(self.shutdown.map_or(deadline, |d| d.max(deadline)));
+            }
+        }
+    }
+
+    // ---- timers ----
+
+    /// Does what is due; gives the time of the next thing to do.
+    fn timers(&mut self) -> Option<Instant> {
+        let now = Instant::now();
+        let mut next = self.shutdown;
+        let mut at = |t: Option<Instant>| next = [next, t].into_iter().flatten().min();
+
+        let grace = self.inner.config.peer_timeout;
+        let (stuck, deadline) = self.inner.reactor.run_deadlines(now, grace);
+        at(deadline);
+        for (peer, transfer) in stuck {
+            let text = format!("transfer {transfer} did not stop within {grace:?} of its deadline");
+            self.gone(peer.id, ErrorCode::TimedOut, &text, true);
+        }
+        at(self.check_incoming(now));
+        at(self.check_peers(now));
+        if let Some(t) = self.resting {
+            if t <= now {
+                self.resting = None;
+                self.watch_listeners();
+            } else {
+                at(Some(t));
+            }
+        }
+        if !self.spilled.is_empty() {
+            self.spilled.retain(|p| p.is_up() && p.outbox.as_ref().is_some_and(|o| !o.flush()));
+            // The consumer does not tell when it makes room: look again, less and less often.
+            self.spill_nap =
+                (self.spill_nap * 2).clamp(Duration::from_micros(200), Duration::from_millis(20));
+            if !self.spilled.is_empty() {
+                at(Some(now + self.spill_nap));
+            }
+        }
+        at(self.tick(now));
+        next
+    }
+
+    fn tick(&mut self, now: Instant) -> Option<Instant> {
+        if self.shutdown.is_some() {
+            return None;
+        }
+        let wanted = self.inner.reactor.tick_wanted.swap(false, Ordering::AcqRel);
+        if wanted || self.next_tick.is_some_and(|t| t <= now) {
+            let time = host::to_time(now);
+            self.next_tick = None;
+            for host in self.hosts() {
+                let again = host.tick(time).map(host::to_instant);
+                self.next_tick = [self.next_tick, again].into_iter().flatten().min();
+            }
+            if self.inner.reactor.tick_wanted.load(Ordering::Acquire) {
+                return Some(now);
+            }
+        }
+        self.next_tick
+    }
+
+    /// The channels, taken out from under the lock.
+    pub(super) fn hosts(&self) -> Vec<Arc<dyn host::Host>> {
+        let hosts: Vec<_> = self.inner.hosts.read().iter().filter_map(std::sync::Weak::upgrade).collect();
+        if hosts.len() < self.inner.hosts.read().len() {
+            self.inner.hosts.write().retain(|h| h.strong_count() > 0);
+        }
+        hosts
+    }
+
+    /// Polls the libraries that have no thread; gives when to do so again.
+    fn poll_transports(&mut self, next: Option<Instant>) -> Option<Instant> {
+        let wanted = self.inner.reactor.poll_wanted.swap(false, Ordering::AcqRel);
+        if !wanted && self.polling_since.is_none() {
+            return next;
+        }
+        let mut busy = false;
+        for slot in self.inner.slots.iter().filter(|s| s.caps.needs_poll) {
+            busy |= slot.transport.poll();
+        }
+        if !busy {
+            self.polling_since = None;
+            return next;
+        }
+        let now = Instant::now();
+        if wanted || self.polling_since.is_none() {
+            self.polling_since = Some(now);
+        }
+        let spent = self.polling_since.map_or(Duration::ZERO, |t| now - t);
+        let again = if spent < self.inner.config.spin { now } else { now + POLL_NAP };
+        Some(next.map_or(again, |t| t.min(again)))
+    }
+
+    // ---- incoming connections ----
+
+    fn watch_listeners(&mut self) {
+        if self.shutdown.is_some() {
+            return;
+        }
+        let inner = self.inner.clone();
+        for (i, listener) in inner.listeners.iter().enumerate() {
+            let token = inner.reactor.token();
+            if inner.reactor.watch(&listener.fd, token, EventFlags::IN).is_ok() {
+                self.sources.insert(token, Source::Listener(i));
+            }
+        }
+        if let Some(side) = &inner.side {
+            let token = inner.reactor.token();
+            if inner.reactor.watch(&side.fd, token, EventFlags::IN).is_ok() {
+                self.sources.insert(token, Source::SideListener);
+            }
+        }
+    }
+
+    fn unwatch_listeners(&mut self) {
+        self.inner.listeners.iter().for_each(|l| self.inner.reactor.unwatch(&l.fd));
+        if let Some(side) = &self.inner.side {
+            self.inner.reactor.unwatch(&side.fd);
+        }
+        self.sources.retain(|_, s| !matches!(s, Source::Listener(_) | Source::SideListener));
+    }
+
+    /// Without descriptors a listener stays readable: leave it alone for a while instead of spinning on it.
+    fn rest(&mut self, e: Errno) {
+        tracing::warn!(error = %e, "cannot accept connections for the moment; raise the limit on open files (ulimit -n)");
+        self.unwatch_listeners();
+        self.resting = Some(Instant::now() + ACCEPT_REST);
+    }
+
+    fn accept(&mut self, listener: usize) {
+        let inner = self.inner.clone();
+        for _ in 0..64 {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            match rustix::net::acceptfrom_with(&inner.listeners[listener].fd, flags) {
+                Ok((fd, far)) => {
+                    let far = far.and_then(|a| std::net::SocketAddr::try_from(a).ok());
+                    let far = far.filter(|_| inner.listeners[listener].socket.is_some());
+                    let token = inner.reactor.token();
+                    if inner.reactor.watch(&fd, token, EventFlags::IN | EventFlags::RDHUP).is_err() {
+                        continue;
+                    }
+                    self.make_room();
+                    self.sources.insert(token, Source::Incoming);
+                    self.incoming.insert(token, Incoming::new(fd, far, accept::handshake_deadline(&inner)));
+                }
+                Err(Errno::AGAIN) => return,
+                Err(e @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => return self.rest(e),
+                // The connection was gone before we looked.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// More strangers than allowed: the oldest goes.
+    fn make_room(&mut self) {
+        let strangers = self.incoming.iter().filter(|(_, i)| i.is_stranger());
+        let (count, oldest) = strangers.fold((0, None::<(u64, Instant)>), |(n, oldest), (token, i)| {
+            let older = oldest.is_none_or(|(_, d)| i.deadline < d);
+            (n + 1, if older { Some((*token, i.deadline)) } else { oldest })
+        });
+        if let (true, Some((token, _))) = (count >= MAX_STRANGERS, oldest) {
+            self.drop_incoming(token);
+        }
+    }
+
+    fn drop_incoming(&mut self, token: u64) {
+        self.sources.remove(&token);
+        if let Some(i) = self.incoming.remove(&token) {
+            i.close(&self.inner);
+        }
+    }
+
+    fn incoming(&mut self, token: u64) {
+        let Some(i) = self.incoming.get_mut(&token) else { return };
+        match i.advance(&self.inner, &mut self.connectors) {
+            Step::Wait => {}
+            Step::Close => self.drop_incoming(token),
+            Step::Ready => self.complete(token),
+            Step::Adopted(new) => {
+                self.sources.remove(&token);
+                self.sources.insert(new, Source::Incoming);
+                if let Some(i) = self.incoming.remove(&token) {
+                    self.incoming.insert(new, i);
+                }
+            }
+        }
+    }
+
+    fn check_incoming(&mut self, now: Instant) -> Option<Instant> {
+        let late: Vec<u64> =
+            self.incoming.iter().filter(|(_, i)| i.deadline <= now).map(|(t, _)| *t).collect();
+        for token in late {
+            if let Some(i) = self.incoming.get(&token) {
+                i.refuse(&self.inner, ErrorCode::TimedOut, "the handshake was not complete in time");
+            }
+            self.drop_incoming(token);
+        }
+        let late: Vec<u64> = self
+            .sources
+            .iter()
+            .filter(|(_, s)| matches!(s, Source::SideStranger(_, d) if *d <= now))
+            .map(|(t, _)| *t)
+            .collect();
+        for token in late {
+            self.sources.remove(&token);
+        }
+        let sides = self.sources.values().filter_map(|s| match s {
+            Source::SideStranger(_, d) => Some(*d),
+            _ => None,
+        });
+        self.incoming.values().map(|i| i.deadline).chain(sides).min()
+    }
+
+    /// Data paths of an incoming connection stand, or not.
+    fn linked(&mut self, token: u64, result: Result<Assembled>) {
+        self.connectors = self.connectors.saturating_sub(1);
+        let Some(i) = self.incoming.get_mut(&token) else {
+            // It was given up meanwhile.
+            if let Ok(a) = result {
+                links::close_paths(&a.paths);
+            }
+            return;
+        };
+        match result.and_then(|a| i.linked(a)) {
+            Ok(Step::Ready) => self.complete(token),
+            Ok(_) => {}
+            Err(e) => {
+                i.refuse(&self.inner, e.code(), &e.to_string());
+                self.drop_incoming(token);
+            }
+        }
+    }
+
+    /// Both sides' paths stand: the connection becomes a peer.
+    fn complete(&mut self, token: u64) {
+        let Some(i) = self.incoming.get(&token) else { return };
+        let refused = i.info().and_then(|info| accept::last_check(&self.inner, info));
+        if let Some(e) = refused {
+            i.refuse(&self.inner, e.code(), &e.to_string());
+            self.drop_incoming(token);
+            return;
+        }
+        self.sources.remove(&token);
+        let Some(talk) = self.incoming.remove(&token).and_then(Incoming::into_talk) else { return };
+        let Some(assembled) = talk.assembled else { return };
+        // First of all, so that nothing anybody sends to the new peer comes before it.
+        let welcomed = talk.conn.send(&Message::Welcome);
+        let peer = PeerInner::new(&self.inner, *assembled, None, talk.conn);
+        if welcomed.is_ok() && self.inner.enter(&peer).is_ok() {
+            self.peer_up(peer, talk.decoder);
+        } else {
+            links::close_paths(&peer.paths);
+            self.inner.sessions.lock().remove(&peer.info.session);
+            peer.conn.close();
+        }
+    }
+
+    fn accept_side(&mut self) {
+        let inner = self.inner.clone();
+        let Some(listener) = &inner.side else { return };
+        for _ in 0..64 {
+            match listener.accept() {
+                Ok(fd) => {
+                    let token = inner.reactor.token();
+                    let strangers =
+                        self.sources.values().filter(|s| matches!(s, Source::SideStranger(..))).count();
+                    if strangers < MAX_STRANGERS && inner.reactor.watch(&fd, token, EventFlags::IN).is_ok() {
+                        let deadline = Instant::now() + Duration::from_secs(2);
+                        self.sources.insert(token, Source::SideStranger(fd, deadline));
+                    }
+                }
+                Err(Errno::AGAIN) => return,
+                Err(e @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => return self.rest(e),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn side_stranger(&mut self, token: u64) {
+        let Some(Source::SideStranger(fd, _)) = self.sources.remove(&token) else { return };
+        self.inner.reactor.unwatch(&fd);
+        let bound = match side::receive(&fd) {
+            Ok(Some((session, None))) => accept::bind_side(&self.inner, fd, &session),
+            _ => Err("a side socket that does not show its session".into()),
+        };
+        if let Err(reason) = bound {
+            tracing::debug!(reason, "side socket refused");
+        }
+    }
+
+    // ---- peers ----
+
+    fn peer_up(&mut self, peer: Arc<PeerInner>, decoder: Decoder) {
+        let id = peer.id;
+        if let Some(mailbox) = &peer.mailbox
+            && let Err(e) = self.inner.inbox.add(mailbox.clone())
+        {
+            tracing::warn!(peer = %peer.info.name, error = %e, "mailbox not watched");
+        }
+        self.inner.metrics.peer_up(&peer.info.name);
+        let watched = peer.conn.watch();
+        self.sources.insert(peer.conn.token, Source::Peer(id));
+        if let Some(side) = &peer.side {
+            let token = self.inner.reactor.token();
+            if self.inner.reactor.watch(&side.fd, token, EventFlags::IN).is_ok() {
+                self.sources.insert(token, Source::PeerSide(id));
+            }
+        }
+        if let Some(pidfd) = &peer.pidfd {
+            let token = self.inner.reactor.token();
+            if self.inner.reactor.watch(pidfd, token, EventFlags::IN).is_ok() {
+                self.sources.insert(token, Source::PeerProcess(id));
+            }
+        }
+        let kinds: Vec<_> = peer.paths.iter().map(|p| p.candidate.kind.as_str()).collect();
+        tracing::info!(
+            agent = %self.inner.name,
+            peer = %peer.info.name,
+            epoch = %peer.info.epoch,
+            at = whereabouts(&peer.info),
+            transports = ?kinds,
+            "peer up"
+        );
+        self.peers.insert(id, Entry::new(peer.clone(), decoder));
+        let handle = Peer::from_inner(&self.inner, &peer);
+        self.hosts().iter().for_each(|h| h.peer_up(&handle));
+        if self.shutdown.is_some() {
+            self.gone(id, ErrorCode::Closed, "this agent is shutting down", true);
+        } else if let Err(e) = watched {
+            self.gone(id, ErrorCode::System, &e.to_string(), true);
+        } else if !peer.is_up() {
+            // Disconnected before we came to it.
+            self.gone(id, ErrorCode::PeerGone, "disconnected by this side", true);
+        } else {
+            self.take_messages(id);
+        }
+    }
+
+    fn read_peer(&mut self, id: u64) {
+        let mut buffer = [0u8; 64 << 10];
+        // A bounded number of rounds, so that one peer cannot keep the thread to itself.
+        for _ in 0..16 {
+            let Some(entry) = self.peers.get_mut(&id) else { return };
+            match entry.peer.conn.read(&mut buffer) {
+                Ok(0) => return self.ended(id, "closed its connection"),
+                Ok(n) => {
+                    entry.heard();
+                    if entry.is_draining() {
+                        continue; // Only the end matters now.
+                    }
+                    entry.decoder.push(&buffer[..n]);
+                }
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return,
+                Err(e) => return self.ended(id, &format!("broke its connection: {e}")),
+            }
+            self.take_messages(id);
+        }
+    }
+
+    fn take_messages(&mut self, id: u64) {
+        loop {
+            let Some(entry) = self.peers.get_mut(&id) else { return };
+            if entry.is_draining() {
+                return;
+            }
+            match entry.decoder.next_message() {
+                Ok(Some(message)) => self.message(id, message),
+                Ok(None) => return,
+                Err(e) => return self.gone(id, ErrorCode::Protocol, &e.to_string(), true),
+            }
+        }
+    }
+
+    fn message(&mut self, id: u64, message: Message) {
+        let Some(entry) = self.peers.get(&id) else { return };
+        let peer = entry.peer.clone();
+        match message {
+            Message::RegionQuery { query, name } => {
+                let found = self.inner.exports.read().get(&name).map(|e| (e.region.clone(), e.access));
+                let region = found.map(|(region, access): (_, Access)| region.advert(&peer, &name, access));
+                self.reply(&peer, &Message::RegionInfo { query, region });
+            }
+            Message::RegionInfo { query, region } => peer.answer(query, region),
+            Message::Unexported { region } => peer.revoke(region),
+            Message::Notify { payload } => {
+                if peer.waiting_notifications.load(Ordering::Relaxed) >= MAX_WAITING_NOTIFICATIONS {
+                    let text = format!(
+                        "{MAX_WAITING_NOTIFICATIONS} of its notifications wait and nobody fetches them"
+                    );
+                    return self.gone(id, ErrorCode::NoCapacity, &text, true);
+                }
+                peer.received.inc();
+                let notification = Notification { peer: peer.info.name.clone(), payload };
+                self.inner.inbox.push(notification, &peer.waiting_notifications);
+            }
+            Message::Ping { nonce } => self.reply(&peer, &Message::Pong { nonce }),
+            Message::Pong { .. } => {}
+            Message::Bye { reason } => {
+                let text = format!("said goodbye: {}", kvxfer_proto::handshake::printable(&reason));
+                self.gone(id, ErrorCode::PeerGone, &text, false);
+            }
+            Message::Hello(_)
+            | Message::Auth { .. }
+            | Message::Offers { .. }
+            | Message::Welcome
+            | Message::Refuse { .. } => {
+                self.gone(id, ErrorCode::Protocol, "sent a handshake message after the handshake", true);
+            }
+            message => {
+                let handle = Peer::from_inner(&self.inner, &peer);
+                if !self.hosts().iter().any(|h| h.message(&handle, &message)) {
+                    self.unclaimed(&peer, message);
+                }
+            }
+        }
+    }
+
+    /// No channel takes it: whoever waits for an answer gets one.
+    fn unclaimed(&self, peer: &PeerInner, message: Message) {
+        let code = ErrorCode::NotFound;
+        match message {
+            Message::Attach { channel, pool, .. } => {
+                let text = format!("agent {:?} has no pool {pool:?}", self.inner.name.as_str());
+                self.reply(peer, &Message::Attached { channel, region: None, pages: 0, code, text });
+            }
+            Message::Reserve { channel, serial, .. } => {
+                let text = format!("agent {:?} has no channel {channel}", self.inner.name.as_str());
+                self.reply(peer, &Message::Refused { channel, serial, code, text });
+            }
+            other => {
+                tracing::debug!(peer = %peer.info.name, channel = ?other.channel(), "nobody takes this message")
+            }
+        }
+    }
+
+    /// Answers; a peer that does not read its answers ends by its own silence.
+    #[expect(clippy::unused_self, reason = "reads as what the thread does")]
+    fn reply(&self, peer: &PeerInner, message: &Message) {
+        if let Err(e) = peer.conn.send(message) {
+            tracing::debug!(peer = %peer.info.name, error = %e, "answer not sent");
+        }
+    }
+
+    /// Ends pings, timeouts and drains of peers; gives when to look again.
+    fn check_peers(&mut self, now: Instant) -> Option<Instant> {
+        let timeout = self.inner.config.peer_timeout;
+        let mut next = None::<Instant>;
+        let ids: Vec<u64> = self.peers.keys().copied().collect();
+        for id in ids {
+            let Some(entry) = self.peers.get_mut(&id) else { continue };
+            let again = if entry.is_draining() {
+                if self.drain(id) { None } else { Some(now + DRAIN_TICK) }
+            } else {
+                match entry.check(now, timeout) {
+                    Ok(at) => Some(at),
+                    Err(text) => {
+                        self.gone(id, ErrorCode::PeerGone, &text, true);
+                        Some(now + DRAIN_TICK)
+                    }
+                }
+            };
+            next = [next, again].into_iter().flatten().min();
+        }
+        next
+    }
+
+    /// Takes everything that stands for a peer out of the epoll set.
+    pub(super) fn forget_sources(&mut self, peer: &PeerInner) {
+        if let Some(side) = &peer.side {
+            self.inner.reactor.unwatch(&side.fd);
+        }
+        if let Some(pidfd) = &peer.pidfd {
+            self.inner.reactor.unwatch(pidfd);
+        }
+        let id = peer.id;
+        self.sources.retain(
+            |_, s| !matches!(s, Source::Peer(i) | Source::PeerSide(i) | Source::PeerProcess(i) if *i == id),
+        );
+    }
+
+    pub(super) fn forget_source(&mut self, token: u64) {
+        self.sources.remove(&token);
+    }
+
+    // ---- the end ----
+
+    fn begin_shutdown(&mut self) {
+        self.inner.closed.store(true, Ordering::Release);
+        self.inner.inbox.shut();
+        self.hosts().iter().for_each(|h| h.closed());
+        self.inner.hosts.write().clear();
+        self.unwatch_listeners();
+        let tokens: Vec<u64> = self.incoming.keys().copied().collect();
+        tokens.into_iter().for_each(|t| self.drop_incoming(t));
+        self.sources.retain(|_, s| !matches!(s, Source::SideStranger(..)));
+        let ids: Vec<u64> = self.peers.keys().copied().collect();
+        for id in ids {
+            self.gone(id, ErrorCode::Closed, "this agent is shutting down", true);
+        }
+    }
+
+    /// Lets go of everything. An error says what could not be ended in time.
+    fn finish(mut self) -> Result<()> {
+        let mut left = Vec::new();
+        for (_, entry) in std::mem::take(&mut self.peers) {
+            let peer = entry.peer;
+            left.push(peer.info.name.to_string());
+            self.forget_sources(&peer);
+            if peer.in_flight.load(Ordering::Acquire) > 0 {
+                peer.conn.abandon();
+            } else {
+                peer.conn.close();
+            }
+        }
+        for slot in &self.inner.slots {
+            slot.transport.shutdown();
+        }
+        self.inner.exports.write().clear();
+        self.inner.listeners.iter().for_each(super::address::Listener::remove_file);
+        // Data paths that were still being connected end with their deadline; their results are dropped.
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::failed(
+                ErrorCode::TimedOut,
+                format!(
+                    "these peers did not confirm in time that they have stopped writing: {}",
+                    left.join(", ")
+                ),
+            ))
+        }
+    }
+}
