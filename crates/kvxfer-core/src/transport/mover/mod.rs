@@ -7,7 +7,7 @@
 
 mod task;
 
-pub(crate) use task::{Carrier, Report, Slice};
+pub(crate) use task::{Carrier, Report, Run, Slice};
 
 use super::Job;
 use crate::config::AgentConfig;

@@ -1,0 +1,184 @@
+//! Copy kernels, chosen by what the processor offers.
+//!
+//! A streaming store writes a whole line without reading it first, and the loads are helped by prefetching two KiB
+//! ahead, across the border into the next run: a processor's own prefetcher stops at each page and knows nothing of
+//! the next run's address. On processors without AVX2 the C library's copy does the work.
+
+/// How far ahead lines are fetched.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 2 << 10;
+/// Blocks of at least this size go through the processor's string copy where it has a fast one.
+#[cfg(target_arch = "x86_64")]
+const STRING_COPY: usize = 16 << 10;
+
+/// Copies with streaming stores; call [`fence`] before anybody is told. `next` is where reading goes on afterwards.
+///
+/// # Safety
+/// `from` is readable and `to` writable for `len` bytes. They may overlap, with unspecified bytes as the result.
+pub(super) unsafe fn copy(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // Whole lines of the destination are streamed, what is before and after is copied as usual.
+        let head = to.align_offset(64).min(len);
+        let lines = (len - head) / 64 * 64;
+        let tail = head + lines;
+        let kernel = if is_x86_feature_detected!("avx512f") {
+            Some(x86::lines_avx512 as Kernel)
+        } else if is_x86_feature_detected!("avx2") {
+            Some(x86::lines_avx2 as Kernel)
+        } else {
+            None
+        };
+        if let Some(kernel) = kernel
+            && lines > 0
+        {
+            // SAFETY: the parts lie inside the range promised; the kernel's features were just detected.
+            unsafe {
+                std::ptr::copy(from, to, head);
+                kernel(to.add(head), from.add(head), lines, next);
+                std::ptr::copy(from.add(tail), to.add(tail), len - tail);
+            }
+            return;
+        }
+    }
+    let _ = next;
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy(from, to, len) };
+}
+
+/// Copies so that the destination is in the cache afterwards.
+///
+/// # Safety
+/// As for [`copy`].
+pub(super) unsafe fn copy_cached(to: *mut u8, from: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if len >= STRING_COPY && x86::has_fast_string_copy() {
+        // SAFETY: the caller's promise.
+        unsafe { x86::string_copy(to, from, len) };
+        return;
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy(from, to, len) };
+}
+
+/// Makes streaming stores visible before anything that follows.
+pub(super) fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: part of every x86-64 processor, no memory is named.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
+/// All kernels, each with whether this processor can run it.
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(super) fn kernels() -> [(bool, Kernel); 2] {
+    [
+        (is_x86_feature_detected!("avx512f"), x86::lines_avx512),
+        (is_x86_feature_detected!("avx2"), x86::lines_avx2),
+    ]
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) type Kernel = unsafe fn(*mut u8, *const u8, usize, *const u8);
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::AHEAD;
+    use std::arch::x86_64::{
+        __m256i, __m512i, _MM_HINT_NTA, _mm_prefetch, _mm256_loadu_si256, _mm256_stream_si256,
+        _mm512_loadu_si512, _mm512_stream_si512,
+    };
+    use std::sync::OnceLock;
+
+    /// Where to prefetch when `at` of `len` bytes are done.
+    #[inline(always)]
+    fn ahead(from: *const u8, at: usize, len: usize, next: *const u8) -> *const i8 {
+        let target = at + AHEAD;
+        if target < len { from.wrapping_add(target).cast() } else { next.wrapping_add(target - len).cast() }
+    }
+
+    /// # Safety
+    /// `to` is aligned to 64 bytes, `len` a multiple of 64; `from` readable and `to` writable for `len` bytes.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn lines_avx512(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+        let mut at = 0;
+        // SAFETY: all accesses lie below `len`; prefetching has no effect on wrong addresses.
+        unsafe {
+            while at + 256 <= len {
+                let hint = ahead(from, at, len, next);
+                _mm_prefetch::<_MM_HINT_NTA>(hint);
+                _mm_prefetch::<_MM_HINT_NTA>(hint.wrapping_add(64));
+                _mm_prefetch::<_MM_HINT_NTA>(hint.wrapping_add(128));
+                _mm_prefetch::<_MM_HINT_NTA>(hint.wrapping_add(192));
+                let source = from.add(at).cast::<__m512i>();
+                let a = _mm512_loadu_si512(source);
+                let b = _mm512_loadu_si512(source.add(1));
+                let c = _mm512_loadu_si512(source.add(2));
+                let d = _mm512_loadu_si512(source.add(3));
+                let target = to.add(at).cast::<__m512i>();
+                _mm512_stream_si512(target, a);
+                _mm512_stream_si512(target.add(1), b);
+                _mm512_stream_si512(target.add(2), c);
+                _mm512_stream_si512(target.add(3), d);
+                at += 256;
+            }
+            while at < len {
+                _mm512_stream_si512(to.add(at).cast(), _mm512_loadu_si512(from.add(at).cast()));
+                at += 64;
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`lines_avx512`].
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn lines_avx2(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+        let mut at = 0;
+        // SAFETY: as above.
+        unsafe {
+            while at + 128 <= len {
+                let hint = ahead(from, at, len, next);
+                _mm_prefetch::<_MM_HINT_NTA>(hint);
+                _mm_prefetch::<_MM_HINT_NTA>(hint.wrapping_add(64));
+                let source = from.add(at).cast::<__m256i>();
+                let a = _mm256_loadu_si256(source);
+                let b = _mm256_loadu_si256(source.add(1));
+                let c = _mm256_loadu_si256(source.add(2));
+                let d = _mm256_loadu_si256(source.add(3));
+                let target = to.add(at).cast::<__m256i>();
+                _mm256_stream_si256(target, a);
+                _mm256_stream_si256(target.add(1), b);
+                _mm256_stream_si256(target.add(2), c);
+                _mm256_stream_si256(target.add(3), d);
+                at += 128;
+            }
+            while at < len {
+                _mm256_stream_si256(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
+                at += 32;
+            }
+        }
+    }
+
+    /// "Enhanced REP MOVSB" (leaf 7, EBX bit 9).
+    pub(super) fn has_fast_string_copy() -> bool {
+        static KNOWN: OnceLock<bool> = OnceLock::new();
+        *KNOWN.get_or_init(|| {
+            std::arch::x86_64::__cpuid(0).eax >= 7
+                && std::arch::x86_64::__cpuid_count(7, 0).ebx & (1 << 9) != 0
+        })
+    }
+
+    /// # Safety
+    /// `from` is readable and `to` writable for `len` bytes.
+    pub(super) unsafe fn string_copy(to: *mut u8, from: *const u8, len: usize) {
+        // SAFETY: copies exactly the range promised; the direction flag is clear by the calling convention.
+        unsafe {
+            std::arch::asm!(
+                "rep movsb",
+                inout("rcx") len => _, inout("rdi") to => _, inout("rsi") from => _,
+                options(nostack, preserves_flags)
+            );
+        }
+    }
+}
