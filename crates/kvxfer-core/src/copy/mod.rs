@@ -14,7 +14,7 @@ mod verify;
 mod xxh3;
 
 pub(crate) use digest::local as digest_local;
-pub(crate) use verify::{Sample, differs, equal, samples};
+pub(crate) use verify::{differs, equal, samples};
 
 use crate::transport::mover::{Report, Run, Slice};
 use crate::transport::{Job, Op};

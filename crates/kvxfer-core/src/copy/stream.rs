@@ -83,6 +83,10 @@ pub(super) fn kernels() -> [(bool, Kernel); 2] {
 pub(super) type Kernel = unsafe fn(*mut u8, *const u8, usize, *const u8);
 
 #[cfg(target_arch = "x86_64")]
+#[expect(
+    clippy::cast_ptr_alignment,
+    reason = "loads and stores are the unaligned ones, except streaming stores, whose alignment is in the contract"
+)]
 mod x86 {
     use super::AHEAD;
     use std::arch::x86_64::{
@@ -92,7 +96,7 @@ mod x86 {
     use std::sync::OnceLock;
 
     /// Where to prefetch when `at` of `len` bytes are done.
-    #[inline(always)]
+    #[inline]
     fn ahead(from: *const u8, at: usize, len: usize, next: *const u8) -> *const i8 {
         let target = at + AHEAD;
         if target < len { from.wrapping_add(target).cast() } else { next.wrapping_add(target - len).cast() }

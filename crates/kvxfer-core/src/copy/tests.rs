@@ -235,7 +235,8 @@ proptest! {
         prop_assert_eq!(job.tracker.error(), None);
         prop_assert_eq!(job.tracker.bytes_done(), total as u64);
         let (near, far) = (bytes(&local), bytes(&remote));
-        prop_assert!(before == if read { far.clone() } else { near.clone() });
+        let source_is_untouched = if read { before == far } else { before == near };
+        prop_assert!(source_is_untouched);
         for p in &pieces {
             let (l, r, n) = (p.local_offset as usize, p.remote_offset as usize, p.len as usize);
             prop_assert!(near[l..l + n] == far[r..r + n]);

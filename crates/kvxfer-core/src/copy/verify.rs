@@ -9,6 +9,7 @@ use super::Sides;
 use crate::transport::Job;
 use crate::transport::mover::{Report, Run, Slice};
 use kvxfer_proto::ErrorCode;
+use std::cmp::Ordering;
 
 /// A line of a slice chosen for comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,13 +59,13 @@ struct Wanted {
 
 impl Wanted {
     fn advance(&mut self) {
-        self.next = if self.index < self.count {
-            let place = (self.seed ^ self.index).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 47;
-            self.index * STRIDE + place
-        } else if self.index == self.count {
-            self.end - 1
-        } else {
-            u64::MAX
+        self.next = match self.index.cmp(&self.count) {
+            Ordering::Less => {
+                let place = (self.seed ^ self.index).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 47;
+                self.index * STRIDE + place
+            }
+            Ordering::Equal => self.end - 1,
+            Ordering::Greater => u64::MAX,
         };
         self.index += 1;
     }

@@ -156,7 +156,7 @@ impl Link for InprocLink {
 
     fn submit(&self, job: Job) -> Result<()> {
         let found = self.imports.lock().regions.get(&job.remote).copied();
-        let (region, len) = found.ok_or_else(|| super::not_imported(job.remote))?;
+        let (region, len) = found.ok_or_else(|| self.lane.closed_or(super::not_imported(job.remote)))?;
         let memory = self.memory(region)?;
         let len = len.min(memory.len() as u64);
         self.lane.submit(job, Arc::new(Mapped(memory)), len)

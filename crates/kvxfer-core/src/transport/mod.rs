@@ -9,11 +9,16 @@
 //! finished exactly once and only when the link touches neither side's memory for that job any more; a cancelled job
 //! ends at the next piece or slice boundary.
 
+pub mod cma;
 pub mod fault;
 pub mod inproc;
 pub mod mover;
 pub mod nixl;
+mod process;
+pub mod shm;
 pub mod tcp;
+#[cfg(test)]
+mod testing;
 pub mod tracker;
 
 pub use tracker::{Outcome, Tracker};

@@ -119,7 +119,7 @@ fn fenced_only_when_the_far_end_is_closed_and_idle() {
     assert!(ab.fenced() && ba.fenced());
     assert_eq!(
         ab.submit(job(Op::Write, &Memory::anonymous(1).unwrap(), RemoteKey(1), 1)).unwrap_err().code(),
-        ErrorCode::NotFound
+        ErrorCode::Closed
     );
     drop(ba);
     drop(b);

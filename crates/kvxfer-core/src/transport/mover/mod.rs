@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use task::Task;
+use task::{Grab, Task};
 
 /// Copy threads and their queue; one per agent, shared by its copying transports.
 pub struct Mover {
@@ -31,6 +31,8 @@ pub struct Mover {
 pub(crate) struct Lane {
     shared: Arc<Shared>,
     id: u64,
+    /// A link may outlive its transport; its threads stay as long.
+    _mover: Arc<Mover>,
 }
 
 struct Shared {
@@ -100,12 +102,12 @@ impl Mover {
         }
     }
 
-    pub(crate) fn lane(&self) -> Lane {
+    pub(crate) fn lane(self: &Arc<Self>) -> Lane {
         let mut queue = self.shared.queue.lock();
         queue.next_lane += 1;
         let id = queue.next_lane;
         queue.lanes.insert(id, LaneQueue::default());
-        Lane { shared: Arc::clone(&self.shared), id }
+        Lane { shared: Arc::clone(&self.shared), id, _mover: Arc::clone(self) }
     }
 }
 
@@ -151,8 +153,11 @@ impl Lane {
     /// Moves one slice of the job on the calling thread; false when none is left to take.
     pub(crate) fn assist(&self, transfer: TransferId) -> bool {
         let Some(task) = self.task(transfer) else { return false };
-        let Some(slice) = task.grab() else { return false };
-        self.shared.run(&task, &slice);
+        match task.grab() {
+            Grab::Slice(slice) => self.shared.run(&task, &slice),
+            Grab::End => self.shared.finish(&task),
+            Grab::Nothing => return false,
+        }
         true
     }
 
@@ -175,6 +180,13 @@ impl Lane {
         for task in tasks {
             self.shared.stop(&task, ErrorCode::PeerGone, "the peer is gone");
         }
+    }
+
+    /// The error of a closed lane, else `otherwise`.
+    pub(crate) fn closed_or(&self, otherwise: Error) -> Error {
+        let queue = self.shared.queue.lock();
+        let open = !queue.shut && queue.lanes.get(&self.id).is_some_and(|l| !l.closed);
+        if open { otherwise } else { closed() }
     }
 
     /// True when it was closed and no job touches memory any more.
@@ -221,15 +233,18 @@ impl Drop for Leave<'_> {
 }
 
 impl Shared {
-    /// The next slice, by turns.
-    fn next(&self) -> Option<(Arc<Task>, Slice)> {
+    /// The next thing to do, by turns: a slice to move, or a job to finish.
+    fn next(&self) -> Option<(Arc<Task>, Grab)> {
         let mut queue = self.queue.lock();
-        while let Some(id) = queue.ring.pop_front() {
+        let mut found = None;
+        while found.is_none()
+            && let Some(id) = queue.ring.pop_front()
+        {
             let Some(lane) = queue.lanes.get_mut(&id) else { continue };
-            let mut taken = None;
             while let Some(task) = lane.fifo.front() {
-                if let Some(slice) = task.grab() {
-                    taken = Some((Arc::clone(task), slice));
+                let grab = task.grab();
+                if !matches!(grab, Grab::Nothing) {
+                    found = Some((Arc::clone(task), grab));
                     break;
                 }
                 lane.fifo.pop_front();
@@ -237,13 +252,9 @@ impl Shared {
             if !lane.fifo.is_empty() {
                 queue.ring.push_back(id);
             }
-            if taken.is_some() {
-                self.ready.store(queue.ring.len(), Ordering::Release);
-                return taken;
-            }
         }
-        self.ready.store(0, Ordering::Release);
-        None
+        self.ready.store(queue.ring.len(), Ordering::Release);
+        found
     }
 
     fn run(&self, task: &Task, slice: &Slice) {
@@ -294,8 +305,11 @@ impl Shared {
     /// A copy thread's life.
     fn work(&self) {
         loop {
-            while let Some((task, slice)) = self.next() {
-                let run = std::panic::AssertUnwindSafe(|| self.run(&task, &slice));
+            while let Some((task, grab)) = self.next() {
+                let run = std::panic::AssertUnwindSafe(|| match grab {
+                    Grab::Slice(slice) => self.run(&task, &slice),
+                    Grab::End | Grab::Nothing => self.finish(&task),
+                });
                 if std::panic::catch_unwind(run).is_err() {
                     tracing::error!(transfer = %task.job.transfer, "a completion hook panicked");
                 }

@@ -64,6 +64,16 @@ pub(crate) struct Task {
     progress: Mutex<Progress>,
 }
 
+/// What is there to do for a task.
+pub(super) enum Grab {
+    /// Move this.
+    Slice(Slice),
+    /// Nothing (any more).
+    Nothing,
+    /// The job has ended and the caller must call [`Task::finish`].
+    End,
+}
+
 /// The state machine behind a task's lock.
 #[derive(Clone, Debug, Default)]
 struct Progress {
@@ -133,14 +143,18 @@ impl Task {
         Self { lane, job, carrier, progress: Mutex::default() }
     }
 
-    /// Takes the next slice; `None` when all are taken or the job was stopped.
-    pub(super) fn grab(&self) -> Option<Slice> {
+    /// Takes the next slice.
+    pub(super) fn grab(&self) -> Grab {
         let mut progress = self.progress.lock();
         if let Some(code) = self.job.tracker.cancelled() {
-            // Whoever set the flag calls `stop` next, so the end is not forgotten when nothing runs.
             progress.stopped.get_or_insert(code);
         }
-        progress.grab(&self.job.pieces, self.job.digest.is_some())
+        match progress.grab(&self.job.pieces, self.job.digest.is_some()) {
+            Some(slice) => Grab::Slice(slice),
+            // The cancel flag was set before anybody knew the job, so nobody else will end it.
+            None if progress.end(self.job.pieces.len()) => Grab::End,
+            None => Grab::Nothing,
+        }
     }
 
     /// Moves a slice taken with [`Task::grab`]. True: the job has ended and this caller must call [`Task::finish`].

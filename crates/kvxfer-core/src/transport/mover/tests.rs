@@ -263,10 +263,12 @@ fn bad_pieces_are_refused_before_anything_moves() {
 fn a_hook_may_drop_the_mover() {
     let (mover, total) = (mover(1), 4 << 20);
     let (from, to) = (filled(total, 5), Memory::anonymous(total).unwrap());
-    let lane = mover.lane();
+    let lane = Arc::new(mover.lane());
     let job = job(&from, &one(total as u64));
     let tracker = Arc::clone(&job.tracker);
-    tracker.on_finish(move |_| drop(mover));
+    let (held, of_lane) = (Arc::clone(&lane), mover);
+    tracker.on_finish(move |_| drop((held, of_lane)));
     lane.submit(job, Arc::new(Plain(to)), total as u64).unwrap();
+    drop(lane);
     assert!(tracker.wait_until(soon()));
 }
