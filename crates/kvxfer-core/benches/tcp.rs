@@ -151,24 +151,24 @@ fn measure(streams: usize, total: usize, rounds: usize) {
         .stdout(Stdio::piped())
         .spawn()
         .expect("child");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("stdout")).read_line(&mut line).expect("child's addresses");
-    let mut words = line.split_whitespace();
+    let mut hello = String::new();
+    BufReader::new(child.stdout.take().expect("stdout")).read_line(&mut hello).expect("child's addresses");
+    let mut words = hello.split_whitespace();
     let mut word = || words.next().expect("child's addresses");
-    let (data, raw, hex) = (word().parse().expect("address"), word().to_owned(), word());
+    let (address, raw, hex) = (word().parse().expect("address"), word().to_owned(), word());
     let payload = (0..hex.len() / 2).map(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).expect("hex"));
 
     let m = memory(total, 2);
     std::mem::forget(m.clone());
     let t = transport(streams);
-    let info = peer(Role::Initiator, data);
+    let info = peer(Role::Initiator, address);
     let offer = t.offer(&info).expect("offer");
     let link = t.connect(&info, &offer, Instant::now() + Duration::from_secs(10)).expect("connect");
     let ticket = RemoteTicket { region: REGION, len: total as u64, payload: payload.collect(), fd: None };
     let key = link.import(ticket).expect("import");
-    let mut raws: Vec<TcpStream> =
+    let mut sockets: Vec<TcpStream> =
         (0..streams).map(|_| TcpStream::connect(&raw).expect("raw connect")).collect();
-    for s in &raws {
+    for s in &sockets {
         s.set_nodelay(true).expect("nodelay");
     }
 
@@ -181,7 +181,7 @@ fn measure(streams: usize, total: usize, rounds: usize) {
         for op in [Op::Write, Op::Read] {
             let mut rates = [const { Vec::new() }; 4];
             for _ in 0..rounds {
-                rates[0].push(rate(total, || raw_run(&mut raws, &m, total, op, log2, random)));
+                rates[0].push(rate(total, || raw_run(&mut sockets, &m, total, op, log2, random)));
                 for (i, level) in [Integrity::Off, Integrity::Bound, Integrity::Full].into_iter().enumerate()
                 {
                     rates[i + 1].push(run(&link, key, &m, total, op, 1 << log2, random, level));
@@ -220,10 +220,10 @@ fn rate(total: usize, run: impl FnOnce()) -> f64 {
     total as f64 / start.elapsed().as_secs_f64() / 1e9
 }
 
-fn raw_run(raws: &mut [TcpStream], m: &Memory, total: usize, op: Op, log2: u8, random: bool) {
-    let streams = raws.len();
+fn raw_run(sockets: &mut [TcpStream], m: &Memory, total: usize, op: Op, log2: u8, random: bool) {
+    let streams = sockets.len();
     std::thread::scope(|scope| {
-        for (lane, s) in raws.iter_mut().enumerate() {
+        for (lane, s) in sockets.iter_mut().enumerate() {
             scope.spawn(move || {
                 let all = slice(m);
                 let order = [u8::from(op == Op::Read), lane as u8, streams as u8, log2, u8::from(random)];

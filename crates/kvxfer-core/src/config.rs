@@ -126,7 +126,7 @@ impl Default for AgentConfig {
 
 impl Default for TcpConfig {
     fn default() -> Self {
-        Self { streams: 2, io_threads: 1, frame_bytes: 1 << 20 }
+        Self { streams: 2, io_threads: 2, frame_bytes: 1 << 20 }
     }
 }
 

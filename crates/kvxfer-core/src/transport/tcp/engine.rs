@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 /// All threads and links of one transport.
 pub(super) struct Engine {
     threads: usize,
+    spin: Duration,
     pool: Mutex<Pool>,
     next: AtomicU64,
     doors: Mutex<Doors>,
@@ -51,8 +52,14 @@ const MAX_PARKED: usize = 256;
 const PARK_FOR: Duration = Duration::from_secs(30);
 
 impl Engine {
-    pub(super) fn new(threads: usize) -> Arc<Self> {
-        Arc::new(Self { threads, pool: Mutex::default(), next: AtomicU64::new(1), doors: Mutex::default() })
+    pub(super) fn new(threads: usize, spin: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            threads,
+            spin,
+            pool: Mutex::default(),
+            next: AtomicU64::new(1),
+            doors: Mutex::default(),
+        })
     }
 
     /// A worker for a new lane and the lane's token; starts the threads with the first one.
@@ -63,10 +70,10 @@ impl Engine {
         }
         while pool.workers.len() < self.threads {
             let worker = Worker::new()?;
-            let shared = worker.clone();
+            let (shared, spin) = (worker.clone(), self.spin);
             let thread = std::thread::Builder::new()
                 .name(format!("kvxfer-tcp-{}", pool.workers.len()))
-                .spawn(move || shared.run())
+                .spawn(move || shared.run(spin))
                 .map_err(|e| {
                     Error::system("spawn an I/O thread", e, "raise the limit of threads (ulimit -u)")
                 })?;
@@ -243,13 +250,16 @@ impl Worker {
         }
     }
 
-    fn run(&self) {
+    fn run(&self, spin: Duration) {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
         let mut batch = VecDeque::new();
         let mut scratch = Scratch::default();
+        let mut pace = Pace::new(spin);
         while !self.stop.load(Ordering::Acquire) {
-            self.wait(&mut events);
+            self.wait(&mut events, &pace);
             std::mem::swap(&mut batch, &mut *self.ready.lock());
+            scratch.moved = 0;
+            let stepped = !batch.is_empty();
             for lane in batch.drain(..) {
                 lane.queued.store(false, Ordering::Release);
                 if lane.step(&mut scratch) && !lane.queued.swap(true, Ordering::AcqRel) {
@@ -259,14 +269,20 @@ impl Worker {
                     finish(std::mem::take(&mut scratch.finished));
                 }
             }
+            if stepped {
+                pace.note(scratch.moved);
+            }
             self.expire(&mut scratch.finished);
         }
     }
 
     /// Collects events; sleeps when there is nothing else to do.
-    fn wait(&self, events: &mut Vec<epoll::Event>) {
-        self.sleeping.store(true, Ordering::SeqCst);
-        let idle = self.ready.lock().is_empty() && !self.stop.load(Ordering::SeqCst);
+    fn wait(&self, events: &mut Vec<epoll::Event>, pace: &Pace) {
+        let awake = pace.awake();
+        if !awake {
+            self.sleeping.store(true, Ordering::SeqCst);
+        }
+        let idle = !awake && self.ready.lock().is_empty() && !self.stop.load(Ordering::SeqCst);
         let timeout = if idle {
             let next = self.deadlines.lock().iter().map(|d| d.0).min();
             next.map(|at| at.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
@@ -328,5 +344,40 @@ impl Worker {
             link.end(ErrorCode::Unreachable, &text, finished);
         }
         finish(std::mem::take(finished));
+    }
+}
+
+/// When a thread looks around instead of sleeping: for a moment after small messages, where waking up would cost more
+/// than the message. Not while bulk data flows: there the core is better left to whoever moves the other end's bytes.
+struct Pace {
+    spin: Duration,
+    awake_until: Option<Instant>,
+    bulk_until: Option<Instant>,
+}
+
+/// Moving this much in one round is bulk.
+const BULK_BYTES: usize = 64 << 10;
+/// How long the last bulk round counts.
+const BULK_FOR: Duration = Duration::from_millis(1);
+
+impl Pace {
+    fn new(spin: Duration) -> Self {
+        Self { spin, awake_until: None, bulk_until: None }
+    }
+
+    fn note(&mut self, moved: usize) {
+        if self.spin.is_zero() {
+            return;
+        }
+        let now = Instant::now();
+        if moved >= BULK_BYTES {
+            self.bulk_until = Some(now + BULK_FOR);
+        }
+        let bulk = self.bulk_until.is_some_and(|until| now < until);
+        self.awake_until = (!bulk).then(|| now + self.spin);
+    }
+
+    fn awake(&self) -> bool {
+        self.awake_until.is_some_and(|until| Instant::now() < until)
     }
 }

@@ -13,6 +13,7 @@
 //! | `Ack` | acknowledgements, in the order the writes came | none | nothing |
 
 use kvxfer_proto::{ErrorCode, Integrity, RegionId};
+use std::net::{IpAddr, SocketAddr};
 
 /// First four bytes of every frame; the last one is the version.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"KVX1");
@@ -358,40 +359,74 @@ const VERSION: u8 = 1;
 /// Most streams to one peer.
 pub const MAX_STREAMS: u16 = 64;
 
+/// Most addresses in an offer.
+pub const MAX_ADDRESSES: usize = 16;
+
 /// What one side tells the other before data connections are opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
     /// Streams it wants; the smaller number of both is used.
     pub streams: u16,
+    /// Where it listens, for a peer whose control connection has no TCP address (a Unix socket).
+    pub addresses: Vec<SocketAddr>,
 }
 
 impl Offer {
     /// As bytes.
-    pub fn encode(self) -> Vec<u8> {
-        let [a, b] = self.streams.to_le_bytes();
-        vec![VERSION, a, b]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        out.extend_from_slice(&self.streams.to_le_bytes());
+        out.push(self.addresses.len().min(MAX_ADDRESSES) as u8);
+        for a in self.addresses.iter().take(MAX_ADDRESSES) {
+            match a.ip() {
+                IpAddr::V4(ip) => {
+                    out.push(4);
+                    out.extend_from_slice(&ip.octets());
+                }
+                IpAddr::V6(ip) => {
+                    out.push(6);
+                    out.extend_from_slice(&ip.octets());
+                }
+            }
+            out.extend_from_slice(&a.port().to_le_bytes());
+        }
+        out
     }
+
     /// From bytes; what follows the known fields is ignored.
     pub fn decode(b: &[u8]) -> Result<Self, FrameError> {
-        let &[version, x, y, ..] = b else {
-            return Err(FrameError::Truncated { what: "tcp offer", need: 3, have: b.len() });
+        let short = |need| FrameError::Truncated { what: "tcp offer", need, have: b.len() };
+        let bad = |field, value: u64, allowed| Err(FrameError::Field { field, value, allowed });
+        let Some((&[version, x, y, count], mut rest)) = b.split_first_chunk::<4>() else {
+            return Err(short(4));
         };
         let streams = u16::from_le_bytes([x, y]);
         if version != VERSION {
-            return Err(FrameError::Field {
-                field: "tcp offer version",
-                value: version.into(),
-                allowed: "1",
-            });
+            return bad("tcp offer version", version.into(), "1");
         }
         if streams == 0 || streams > MAX_STREAMS {
-            return Err(FrameError::Field {
-                field: "stream count",
-                value: streams.into(),
-                allowed: "1 to 64",
-            });
+            return bad("stream count", streams.into(), "1 to 64");
         }
-        Ok(Self { streams })
+        if usize::from(count) > MAX_ADDRESSES {
+            return bad("address count", count.into(), "at most 16");
+        }
+        let mut addresses = Vec::new();
+        for _ in 0..count {
+            let (ip, tail): (IpAddr, &[u8]) = match rest.split_first() {
+                Some((4, r)) => {
+                    r.split_first_chunk::<4>().map(|(ip, r)| ((*ip).into(), r)).ok_or(short(b.len() + 1))?
+                }
+                Some((6, r)) => {
+                    r.split_first_chunk::<16>().map(|(ip, r)| ((*ip).into(), r)).ok_or(short(b.len() + 1))?
+                }
+                Some((n, _)) => return bad("address family", (*n).into(), "4 or 6"),
+                None => return Err(short(b.len() + 1)),
+            };
+            let Some((port, tail)) = tail.split_first_chunk::<2>() else { return Err(short(b.len() + 1)) };
+            addresses.push(SocketAddr::new(ip, u16::from_le_bytes(*port)));
+            rest = tail;
+        }
+        Ok(Self { streams, addresses })
     }
 }
 
@@ -487,6 +522,22 @@ mod tests {
         let p = Preamble { session: [9; 16], lane: 2 };
         assert_eq!(Preamble::decode(&p.encode()), Ok(p));
         assert_eq!(&p.encode()[..8], b"KVXFER\0D");
+    }
+
+    #[test]
+    fn offers_and_tickets_survive_encoding() {
+        let offer = Offer {
+            streams: 3,
+            addresses: vec!["127.0.0.1:80".parse().unwrap(), "[::1]:65535".parse().unwrap()],
+        };
+        let bytes = offer.encode();
+        assert_eq!(Offer::decode(&bytes), Ok(offer));
+        for n in 0..bytes.len() {
+            assert!(Offer::decode(&bytes[..n]).is_err(), "{n} bytes of {}", bytes.len());
+        }
+        let ticket = Ticket { capability: 5, len: 6 };
+        assert_eq!(Ticket::decode(&ticket.encode()), Ok(ticket));
+        assert!(Ticket::decode(&ticket.encode()[..16]).is_err());
     }
 
     #[test]

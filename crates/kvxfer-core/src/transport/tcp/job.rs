@@ -151,8 +151,15 @@ impl Active {
         if run_len > 0 {
             tracker.done(run, run_len, run_bytes);
         }
-        if code != ErrorCode::Ok && code != ErrorCode::Corrupt {
-            self.stopped.get_or_insert(code);
+        match code {
+            ErrorCode::Ok => {}
+            ErrorCode::Corrupt => {
+                tracker.explain("bytes arrived damaged: their digest differs from the sender's");
+            }
+            _ => {
+                tracker.explain(format!("the peer refused region {}: {code}", self.remote.region));
+                self.stopped.get_or_insert(code);
+            }
         }
     }
 }

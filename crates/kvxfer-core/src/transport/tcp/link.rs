@@ -4,7 +4,7 @@
 //! held, because their hooks may call back into the link.
 
 use super::engine::Engine;
-use super::frame::{Ticket, decode_acks};
+use super::frame::{MAX_PIECES, Ticket, decode_acks};
 use super::job::{Active, Cut, Remote};
 use super::lane::{Lane, Sent};
 use super::region::Regions;
@@ -103,9 +103,27 @@ impl Inner {
         self.lanes.lock().len() == self.streams as usize
     }
 
-    fn kick(&self) {
-        for lane in self.lanes.lock().iter() {
+    /// Wakes streams for new work: one for little work when nothing else waits (always the same while it can send, so
+    /// its thread is likely awake), all of them otherwise.
+    fn kick(&self, all: bool) {
+        for lane in self.lanes.lock().iter().filter(|l| all || l.open()) {
             lane.kick();
+            if !all {
+                return;
+            }
+        }
+    }
+
+    /// True when work waits for a stream that can send.
+    pub(super) fn waiting(&self) -> bool {
+        let state = self.state.lock();
+        !(state.writes.is_empty() && state.reads.is_empty())
+    }
+
+    /// A stream cannot send: if work waits, another one gets the hint. Called without a lane's lock.
+    pub(super) fn pass_on(&self) {
+        if self.waiting() {
+            self.kick(false);
         }
     }
 
@@ -329,11 +347,14 @@ impl Link for TcpLink {
                 problem: format!("{} pieces; 1 to {} are allowed", job.pieces.len(), u32::MAX),
             });
         }
-        {
+        let all = {
             let mut state = self.0.state.lock();
             if let Some((code, text)) = &state.ended {
                 return Err(Error::failed(*code, text.clone()));
             }
+            let backlog = !(state.writes.is_empty() && state.reads.is_empty());
+            let large = job.pieces.len() > MAX_PIECES
+                || job.pieces.iter().map(|p| p.len).sum::<u64>() > self.0.frame_bytes.into();
             state.next += 1;
             let number = state.next;
             match job.op {
@@ -341,8 +362,9 @@ impl Link for TcpLink {
                 Op::Read => state.reads.push_back(number),
             }
             state.jobs.insert(number, Active::new(job, remote));
-        }
-        self.0.kick();
+            backlog || large
+        };
+        self.0.kick(all);
         Ok(())
     }
 

@@ -30,9 +30,10 @@ use engine::Engine;
 use frame::{MAX_PAYLOAD, MAX_STREAMS, Offer, Preamble};
 use kvxfer_proto::{ErrorCode, Integrity, RegionId};
 use link::{Inner, TcpLink};
+use parking_lot::RwLock;
 use region::Regions;
 use std::io::Write;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,11 @@ pub struct TcpTransport {
     peer_timeout: Duration,
     regions: Arc<Regions>,
     engine: Arc<Engine>,
+    listening: RwLock<Vec<SocketAddr>>,
 }
+
+/// How long an I/O thread looks around after small messages before it sleeps, unless said otherwise.
+const SPIN: Duration = Duration::from_micros(20);
 
 impl TcpTransport {
     /// Checks the settings. A peer that does not take bytes for `peer_timeout` is gone.
@@ -61,9 +66,58 @@ impl TcpTransport {
             config: config.clone(),
             peer_timeout,
             regions: Arc::default(),
-            engine: Engine::new(config.io_threads),
+            engine: Engine::new(config.io_threads, SPIN),
+            listening: RwLock::default(),
         })
     }
+
+    /// Sets how long an I/O thread looks around after small messages before it sleeps ([`crate::AgentConfig::spin`]); zero:
+    /// it sleeps at once. For a new transport: links of an earlier setting are lost.
+    pub fn spinning(mut self, spin: Duration) -> Self {
+        self.engine.shutdown();
+        self.engine = Engine::new(self.config.io_threads, spin);
+        self
+    }
+}
+
+/// Where data connections may go, best first.
+fn candidates(peer: &PeerInfo, offer: &Offer) -> Result<Vec<SocketAddr>> {
+    let listed = offer.addresses.iter().copied().filter_map(|mut a| {
+        if a.ip().is_unspecified() {
+            // Bound to every address: without a control connection over TCP only the loopback is known.
+            if !peer.same_host {
+                return None;
+            }
+            a.set_ip(if a.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+        }
+        Some(a)
+    });
+    let found: Vec<_> = match peer.address {
+        Some(address) => vec![address],
+        None => listed.collect(),
+    };
+    if found.is_empty() {
+        let text = format!(
+            "{} was not reached over TCP and offers no address: let it listen on tcp://, or forbid tcp",
+            peer.name
+        );
+        return Err(Error::failed(ErrorCode::Unreachable, text));
+    }
+    Ok(found)
+}
+
+/// Opens a data connection to the first address that answers.
+fn open_first(addresses: &[SocketAddr], preamble: Preamble, deadline: Instant) -> Result<TcpStream> {
+    let (last, others) = addresses
+        .split_last()
+        .ok_or_else(|| Error::NotFound { what: "address", name: "none was offered".into() })?;
+    for address in others {
+        match open(*address, preamble, deadline) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => tracing::debug!(%address, error = %e, "tcp data connection: next address"),
+        }
+    }
+    open(*last, preamble, deadline)
 }
 
 /// Opens one data connection.
@@ -115,9 +169,14 @@ impl Transport for TcpTransport {
     }
 
     fn offer(&self, peer: &PeerInfo) -> Option<Vec<u8>> {
-        // Without a TCP control connection there is no address that data connections could go to.
-        peer.address?;
-        Some(Offer { streams: self.config.streams }.encode())
+        let addresses = self.listening.read().clone();
+        // The side that was connected to must have an address that data connections can go to.
+        let reachable = peer.role == Role::Initiator || peer.address.is_some() || !addresses.is_empty();
+        reachable.then(|| Offer { streams: self.config.streams, addresses }.encode())
+    }
+
+    fn listening(&self, addresses: &[SocketAddr]) {
+        *self.listening.write() = addresses.to_vec();
     }
 
     fn ticket(&self, region: RegionId, memory: &Arc<Memory>) -> Result<Option<LocalTicket>> {
@@ -153,14 +212,14 @@ impl Transport for TcpTransport {
         // From here on an early return drops the handle, which closes the link and what it holds.
         let handle = TcpLink(link.clone());
         if peer.role == Role::Initiator {
-            let address = peer.address.ok_or_else(|| {
-                Error::failed(
-                    ErrorCode::Unreachable,
-                    format!("{} was not reached over TCP, so tcp has no address to connect to", peer.name),
-                )
-            })?;
+            let mut address = None;
             for lane in 0..link.streams {
-                let stream = open(address, Preamble { session: peer.session, lane }, deadline)?;
+                let preamble = Preamble { session: peer.session, lane };
+                let stream = match address {
+                    Some(address) => open(address, preamble, deadline)?,
+                    None => open_first(&candidates(peer, &offer)?, preamble, deadline)?,
+                };
+                address = stream.peer_addr().ok();
                 link.add_lane(lane, stream)?;
             }
         }

@@ -94,6 +94,7 @@ impl Receiver {
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(Broken::io("recv", &e)),
             };
+            scratch.moved += n;
             budget = budget.saturating_sub(n);
             while self.advance(link, ledger, scratch)? {}
         }

@@ -5,9 +5,7 @@
 //! block is handed to the kernel, which then finds it in the cache.
 
 use super::frame::{self, DIGEST_LEN, Header, Kind, MAX_ACKS, TablePiece};
-use super::lane::{
-    Broken, Ledger, Pumped, READ_WINDOW, Reply, STEP_BYTES, Scratch, WINDOW_FRAMES, WRITE_WINDOW,
-};
+use super::lane::{Broken, Ledger, Pumped, Reply, STEP_BYTES, Scratch};
 use super::link::{Inner, Taken};
 use super::scatter::{self, Digest, MAX_IOV, Scatter};
 use crate::transport::Op;
@@ -67,7 +65,10 @@ impl Sender {
                 budget = budget.saturating_sub(asked);
             }
             match self.send(socket, scratch) {
-                Ok(n) => budget = budget.saturating_sub(n),
+                Ok(n) => {
+                    scratch.moved += n;
+                    budget = budget.saturating_sub(n);
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(Pumped::Blocked),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(Broken::io("send", &e)),
@@ -119,7 +120,7 @@ impl Sender {
             answer(Kind::Ack, count as u32).encode(&scratch.table, &mut self.head);
         }
         let mut asked = 0;
-        while asked < STEP_BYTES && ledger.asked.len() < WINDOW_FRAMES && ledger.asked_bytes < READ_WINDOW {
+        while asked < STEP_BYTES && ledger.may_ask() {
             let Some(taken) = link.take(Op::Read, &mut scratch.finished) else { break };
             self.encode(Kind::Read, &taken, &mut scratch.table);
             let bytes = taken.sent.cut.bytes;
@@ -155,7 +156,7 @@ impl Sender {
     }
 
     fn build_write(&mut self, link: &Inner, ledger: &mut Ledger, scratch: &mut Scratch) -> bool {
-        if ledger.sent.len() >= WINDOW_FRAMES || ledger.sent_bytes >= WRITE_WINDOW {
+        if !ledger.may_write() {
             return false;
         }
         loop {
