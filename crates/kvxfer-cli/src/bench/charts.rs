@@ -130,6 +130,7 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, sizes: &[u64], series: &[
     let label = TextStyle::from(("sans-serif", 13).into_font()).color(&TEXT);
     let mut chart = ChartBuilder::on(area)
         .margin(8)
+        .margin_right(28)
         .x_label_area_size(30)
         .y_label_area_size(48)
         .build_cartesian_2d(0.0..(sizes.len() - 1) as f64, 0.0..top)?;

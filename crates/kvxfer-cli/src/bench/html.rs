@@ -139,3 +139,68 @@ fn push(page: &mut String, text: std::fmt::Arguments<'_>) {
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::cases::{Case, Pattern};
+    use crate::bench::rows::{Header, bars};
+    use kvxfer_core::{Integrity, Op, TransportKind};
+
+    fn run() -> Run {
+        let mut rows = Vec::new();
+        for (kind, base, scale) in [
+            (TransportKind::Shm, "memcpy", 9.0),
+            (TransportKind::Cma, "process_vm", 5.0),
+            (TransportKind::Tcp, "sockets", 2.5),
+            (TransportKind::Nixl, "nixl", 6.0),
+        ] {
+            for (i, piece) in [4 << 10, 16 << 10, 1 << 20, 32 << 20].into_iter().enumerate() {
+                let integrity = Integrity::Bound;
+                let case = Case { kind, op: Op::Write, piece, pattern: Pattern::Random, integrity };
+                rows.push(Row {
+                    gbps: Some(scale * (0.6 + 0.1 * i as f64)),
+                    baseline: Some(base.into()),
+                    baseline_gbps: Some(scale * (0.62 + 0.1 * i as f64)),
+                    ratio: Some(0.97),
+                    ..Row::of(case, 1 << 28)
+                });
+            }
+        }
+        let header = Header {
+            kvxfer: "0".into(),
+            machine: crate::machine::Machine::detect(),
+            nixl: None,
+            unix_time: 0,
+            date: "today".into(),
+            command: "kvxfer bench <&>".into(),
+            working_set_bytes: 1 << 28,
+            repetitions: 3,
+            quick: true,
+            peer: "here".into(),
+            paths: Vec::new(),
+            seconds: 1.0,
+        };
+        Run { header, bars: bars(&rows), rows, notes: vec!["a <note>".into()] }
+    }
+
+    #[test]
+    fn the_page_stands_alone_and_takes_its_colours_from_the_sheet() {
+        let page = report(&run()).expect("page");
+        if let Ok(file) = std::env::var("KVXFER_TEST_PAGE") {
+            std::fs::write(file, &page).expect("written");
+        }
+        assert!(page.contains("<svg") && page.contains("var(--s0)") && page.contains("var(--ink)"), "{page}");
+        assert!(!page.contains("#0304") && !page.contains("#010203"), "a role's colour was left in");
+        let outside = page.replace("http://www.w3.org/2000/svg", "");
+        assert!(
+            !outside.contains("http") && !outside.contains("<script"),
+            "something is loaded from elsewhere"
+        );
+        assert!(
+            page.contains("kvxfer bench &lt;&amp;&gt;") && page.contains("a &lt;note&gt;"),
+            "text is escaped"
+        );
+        assert!(page.contains("PASS"), "bars are shown");
+    }
+}

@@ -111,7 +111,7 @@ fn unmet(required: &[String], checks: &[Check]) -> Result<Vec<String>, Failure> 
                 known.join(", ")
             )));
         }
-        if lines.any(|c| !matches!(c.verdict, Standing::Ok | Standing::Info)) {
+        if lines.any(|c| c.verdict != Standing::Ok) {
             unmet.push(name.clone());
         }
     }
