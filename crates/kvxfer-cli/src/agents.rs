@@ -3,13 +3,18 @@
 use crate::Failure;
 use kvxfer_core::AgentConfig;
 
-/// The library's settings.
+/// The library's settings as the environment gives them, except for what this command decides itself: name and listening
+/// addresses (several agents run at once).
 pub(crate) fn settings() -> Result<AgentConfig, Failure> {
-    Ok(AgentConfig::default())
+    let config = AgentConfig::default().overlay(|var| match var {
+        "KVXFER_NAME" | "KVXFER_LISTEN" => None,
+        var => std::env::var(var).ok(),
+    })?;
+    Ok(AgentConfig { name: None, listen: Vec::new(), ..config })
 }
 
 /// The same for a pair of processes of our own, which share a key made for this run.
 pub(crate) fn settings_with_key(key: &str) -> Result<AgentConfig, Failure> {
     let key = Some(key.to_owned().into());
-    Ok(AgentConfig { auth_key: key, ..settings()? })
+    Ok(AgentConfig { auth_key: key, auth_key_file: None, ..settings()? })
 }

@@ -142,3 +142,45 @@ fn expect(mut stream: &TcpStream, want: u8) -> Result<(), Failure> {
 fn io(e: &std::io::Error) -> Failure {
     Failure::new(format!("raw socket: {e}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cross_raw_sockets_both_ways_to_where_they_belong() {
+        const LEN: u64 = 1 << 20;
+        let memory = || Memory::anonymous(LEN as usize).expect("memory");
+        let (near, far) = (memory(), memory());
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("address").to_string();
+        let token = crate::secret().expect("token");
+        serve(listener, token.clone(), 2, far.clone());
+        let client = RawClient::connect(&address, &token, 2).expect("connect");
+        for op in [Op::Write, Op::Read] {
+            let (from, to) = if op == Op::Write { (&near, &far) } else { (&far, &near) };
+            let pieces = Pattern::Random.pieces(LEN, 4096, 5);
+            for (i, p) in pieces.iter().enumerate() {
+                let at = if op == Op::Write { p.local_offset } else { p.remote_offset };
+                from.write_at(at, &[i as u8; 4096]).expect("fill");
+            }
+            client.pass(&near, op, Pattern::Random, LEN, 4096, 5).expect("pass");
+            for (i, p) in pieces.iter().enumerate() {
+                let at = if op == Op::Write { p.remote_offset } else { p.local_offset };
+                let mut got = [0; 4096];
+                to.read_at(at, &mut got).expect("read");
+                assert!(got.iter().all(|b| *b == i as u8), "{op:?}: piece {i} is not where it belongs");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stranger_is_refused() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("address").to_string();
+        let memory = Memory::anonymous(4096).expect("memory");
+        serve(listener, crate::secret().expect("token"), 1, memory.clone());
+        let client = RawClient::connect(&address, &crate::secret().expect("token"), 1).expect("connect");
+        assert!(client.pass(&memory, Op::Write, Pattern::Ordered, 4096, 4096, 0).is_err());
+    }
+}

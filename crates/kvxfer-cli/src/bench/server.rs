@@ -54,7 +54,7 @@ pub(crate) fn run_child() -> Result<(), Failure> {
 /// `kvxfer bench --server ADDR`: until interrupted.
 pub(crate) fn run_host(address: &str) -> Result<(), Failure> {
     let config = agents::settings()?;
-    if config.auth_key.is_none() {
+    if config.auth_key.is_none() && config.auth_key_file.is_none() {
         eprintln!(
             "kvxfer: no KVXFER_AUTH_KEY is set: anyone who reaches the address below can use this server"
         );
