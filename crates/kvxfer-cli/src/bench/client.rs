@@ -9,8 +9,7 @@ use crate::{Failure, agents};
 use kvxfer_core::agent::Access;
 use kvxfer_core::baseline::{self, ProcessMemory};
 use kvxfer_core::{
-    Agent, AgentConfig, Integrity, Memory, Op, Peer, Piece, Region, RemoteRegion, TransferOptions,
-    TransportKind,
+    Agent, Integrity, Memory, Op, Peer, Piece, Region, RemoteRegion, TransferOptions, TransportKind,
 };
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -101,7 +100,7 @@ impl Session {
         agent.export(&shared, PONG, Access::ReadWrite)?;
         let local = child.is_some();
         let copy_target = if local {
-            let target = Memory::shared(bytes as usize, AgentConfig::default().shm.huge_pages)?;
+            let target = Memory::shared(bytes as usize, agent.config().shm.huge_pages)?;
             touch(&target)?;
             Some(target)
         } else {
@@ -262,7 +261,7 @@ impl Session {
             }
             (Baseline::Sockets, op) => {
                 if self.raw.is_none() {
-                    let streams = AgentConfig::default().tcp.streams;
+                    let streams = self.agent.config().tcp.streams;
                     let Answer::Raw { address, token } = self.control.ask(Ask::Raw { streams }, DEADLINE)?
                     else {
                         return Err(Failure::new("the server opened no raw sockets"));

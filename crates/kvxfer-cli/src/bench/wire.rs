@@ -3,6 +3,7 @@
 
 use super::cases::Pattern;
 use crate::Failure;
+use kvxfer_core::agent::PeerState;
 use kvxfer_core::{Agent, Notification, Op, Peer, TransportKind};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -16,6 +17,9 @@ pub(crate) const PONG: &str = "bench.pong";
 pub(crate) const POOL: &str = "bench";
 /// Payload of a ping-pong's notification.
 pub(crate) const PING: &[u8] = b"ping";
+
+/// How often a waiting client looks whether the server is still there.
+const SLICE: Duration = Duration::from_millis(250);
 
 /// To the server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -88,9 +92,16 @@ impl Control {
         self.peer.notify(&payload)?;
         let deadline = Instant::now() + timeout;
         loop {
+            // In slices, so that a server that ends is noticed.
             let left = deadline.saturating_duration_since(Instant::now());
-            let Some(Notification { payload, .. }) = self.agent.notification(left)? else {
-                return Err(Failure::new(format!("the server did not answer {text} within {timeout:?}")));
+            let Some(Notification { payload, .. }) = self.agent.notification(left.min(SLICE))? else {
+                if let PeerState::Gone(code) = self.peer.state() {
+                    return Err(Failure::new(format!("the server ended before it answered {text}: {code}")));
+                }
+                if left.is_zero() {
+                    return Err(Failure::new(format!("the server did not answer {text} within {timeout:?}")));
+                }
+                continue;
             };
             // Late pongs and answers to questions given up may still arrive.
             match serde_json::from_slice::<Numbered<Answer>>(&payload) {

@@ -36,18 +36,15 @@ pub(super) fn this_host(
     let bytes = if deadline.is_some() { (2 * machine.l3_bytes).clamp(32 << 20, 256 << 20) } else { PIECE };
     let bytes = bytes.next_multiple_of(PIECE).min((machine.available_bytes / 10).max(PIECE) / PIECE * PIECE);
     let mut session = Session::with_child(bytes)?;
-    let policy = agents::settings()?.transports;
+    let here = session.agent.transports();
     let paths = session.peer.paths();
     for kind in TransportKind::ALL {
         let path = paths.iter().find(|(k, _)| *k == kind);
         checks.push(match path {
             Some((_, how)) => Check::new(kind.as_str(), AREA, Standing::Ok, how.clone()),
-            None if policy.forbid.contains(&kind)
-                || !(policy.allow.is_empty() || policy.allow.contains(&kind)) =>
-            {
-                Check::new(kind.as_str(), AREA, Standing::Info, "not allowed by the settings in force")
+            None => {
+                absent(kind, here.iter().find(|s| s.kind == kind).and_then(|s| s.reason.as_deref()), AREA)
             }
-            None => absent(kind, AREA),
         });
     }
     checks.push(chosen(&paths, AREA));
@@ -58,24 +55,24 @@ pub(super) fn this_host(
     Ok(())
 }
 
-fn absent(kind: TransportKind, area: &'static str) -> Check {
+fn absent(kind: TransportKind, reason: Option<&str>, area: &'static str) -> Check {
     let id = kind.as_str();
-    match kind {
-        TransportKind::Inproc => Check::new(id, area, Standing::Info, "for two agents of one process"),
-        TransportKind::CudaIpc => {
-            Check::new(id, area, Standing::Info, "device memory of two processes; not in this version")
-        }
-        TransportKind::Shm => Check::new(id, area, Standing::Missing, "did not connect").fix(
-            "see memfd above; the processes also need a Unix socket between them (one network namespace)",
-        ),
-        TransportKind::Cma => {
-            Check::new(id, area, Standing::Missing, "did not connect").fix("see cma-syscall above")
-        }
-        TransportKind::Nixl => {
-            Check::new(id, area, Standing::Missing, "did not connect").fix("see nixl-library above")
-        }
-        _ => Check::new(id, area, Standing::Missing, "did not connect").fix("run with -vv to see why"),
+    if kind == TransportKind::Inproc {
+        return Check::new(id, area, Standing::Info, "for two agents of one process");
     }
+    let found = reason.unwrap_or("available here, but did not connect to a second process");
+    let check = Check::new(id, area, Standing::Missing, found);
+    check.fix(match kind {
+        TransportKind::CudaIpc => {
+            "carries device memory between two processes on GPUs; host memory does not need it"
+        }
+        TransportKind::Shm => {
+            "see memfd above; the processes also need a Unix socket between them (one network namespace)"
+        }
+        TransportKind::Cma => "see cma-syscall above",
+        TransportKind::Nixl => "see nixl-library above",
+        _ => "check KVXFER_TRANSPORTS and KVXFER_FORBID; -vv shows the handshake",
+    })
 }
 
 fn chosen(paths: &[(TransportKind, String)], area: &'static str) -> Check {
