@@ -7,4 +7,4 @@ collect_ignore_glob = [] if HAVE_LMCACHE else ["test_*.py"]
 
 
 def pytest_report_header(config):
-    return None if HAVE_LMCACHE else "SKIPPED: tests/lmcache: LMCache is not installed in this environment"
+    return None if HAVE_LMCACHE else "SKIPPED: tests/with_lmcache: LMCache is not installed in this environment"
