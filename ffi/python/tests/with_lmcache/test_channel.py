@@ -103,7 +103,7 @@ def test_a_partial_chunk_moves_its_valid_bytes_only(far, near, memory, url):
     memory_object = chunk_of(memory, tokens=3)
     fill(memory_object, 1, tokens=3)
     valid = PAGE_BYTES * 3 // CHUNK
-    assert memory_object.get_size() == valid < memory_object.get_physical_size()
+    assert memory_object.meta.get_size() == valid < memory_object.get_physical_size()
     near.batched_write([memory_object], {"receiver_id": "them", "remote_indexes": [PAGES - 1]})
     assert far.ask("bytes", PAGES - 1, PAGE_BYTES) == expected(1, 3) + b"\xa5" * (PAGE_BYTES - valid)
     # What the metrics count is what moved (and the description that was read when connecting).
