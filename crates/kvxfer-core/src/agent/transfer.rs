@@ -49,7 +49,16 @@ impl Completion {
             tracing::debug!(peer = %self.peer.info.name, error = %e, "notification after a transfer not sent");
         }
         self.peer.paths[self.path].metrics.ended(self.op, t.bytes_done(), t.duration(), error);
-        self.agent.inbox.transfer_ended();
+    }
+}
+
+/// Signals the agent's event descriptor. A waker and no hook: hooks run before the end is visible, and whoever is woken by the
+/// descriptor, clears it and looks, must find the transfer finished.
+struct EndEvent(Arc<Inner>);
+
+impl std::task::Wake for EndEvent {
+    fn wake(self: Arc<Self>) {
+        self.0.inbox.transfer_ended();
     }
 }
 
@@ -129,6 +138,7 @@ pub(crate) fn submit(
         notify: options.notify,
     };
     tracker.on_finish(move |t| completion.run(t));
+    tracker.register(&Arc::new(EndEvent(agent.clone())).into());
     let integrity = options.integrity.or(agent.config.integrity).unwrap_or(path.caps.default_integrity);
     tracing::trace!(peer = %peer.inner.info.name, transfer = %id, transport = %path.candidate.kind, bytes = total, "submit");
     path.link.submit(Job {
