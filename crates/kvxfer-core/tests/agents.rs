@@ -11,7 +11,7 @@ const LEN: usize = 1 << 20;
 
 #[test]
 fn write_read_and_notify_over_every_transport_in_one_process() {
-    for kind in [TransportKind::Inproc, TransportKind::Shm, TransportKind::Tcp] {
+    for kind in [TransportKind::Inproc, TransportKind::Shm, TransportKind::Cma, TransportKind::Tcp] {
         let Some((a, b, peer)) = pair_with(&[kind]) else { continue };
         let source = a.allocate(LEN).unwrap();
         let target = b.allocate(LEN).unwrap();

@@ -85,10 +85,12 @@ impl AgentBuilder {
         let inbox = Inbox::new().map_err(|e| {
             Error::system("creating eventfds", e, "raise the limit on open files (ulimit -n)")
         })?;
-        let (slots, status) = transports::create(&config, own);
+        let (slots, status) = transports::create(&config, &own);
         let sockets: Vec<_> = listeners.iter().filter_map(|l| l.socket).collect();
         if !sockets.is_empty() {
-            slots.iter().for_each(|s| s.transport.listening(&sockets));
+            for slot in &slots {
+                slot.transport.listening(&sockets);
+            }
         }
         let inner = Inner::new(Parts {
             config,

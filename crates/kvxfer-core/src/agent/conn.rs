@@ -25,6 +25,7 @@ pub(crate) struct Conn {
     pub(crate) token: u64,
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "independent facts about a socket, not states")]
 struct State {
     fd: Option<OwnedFd>,
     queue: VecDeque<Vec<u8>>,

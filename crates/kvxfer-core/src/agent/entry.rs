@@ -135,8 +135,8 @@ impl Progress {
         if idle {
             peer.conn.finish();
         }
-        let their_word = entry.quiet || entry.dead || !peer.info.same_host;
-        if !(idle && their_word && peer.paths.iter().all(|p| p.link.fenced())) {
+        let their_word = entry.quiet || entry.dead;
+        if !(idle && peer.paths.iter().all(|p| p.link.fenced() || (their_word && p.caps.same_host))) {
             return false;
         }
         self.peers.remove(&id);

@@ -78,7 +78,7 @@ impl Inbox {
     }
 
     /// A peer's mailbox joins.
-    pub(crate) fn add(&self, mailbox: Arc<Mailbox>) -> Result<()> {
+    pub(crate) fn add(&self, mailbox: &Arc<Mailbox>) -> Result<()> {
         epoll::add(&self.any, &mailbox.ring.event, EventData::new_u64(0), EventFlags::IN)
             .map_err(|e| Error::system("watching a mailbox", e, "raise fs.epoll.max_user_watches"))?;
         self.boxes.write().push(mailbox.clone());

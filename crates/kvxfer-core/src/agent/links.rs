@@ -41,7 +41,7 @@ pub(crate) struct Assembled {
 }
 
 /// Why this transport cannot reach that peer, before anything is tried.
-fn out_of_reach(caps: &Capabilities, info: &PeerInfo, side: &Result<(), String>) -> Option<String> {
+fn out_of_reach(caps: Capabilities, info: &PeerInfo, side: &Result<(), String>) -> Option<String> {
     if caps.same_process && !info.same_process {
         Some("the peer is another process".into())
     } else if caps.same_host && !info.same_host {
@@ -61,7 +61,7 @@ pub(crate) fn offers(inner: &Inner, info: &PeerInfo, side: &Result<(), String>) 
     inner
         .slots
         .iter()
-        .filter(|s| out_of_reach(&s.caps, info, side).is_none())
+        .filter(|s| out_of_reach(s.caps, info, side).is_none())
         .filter_map(|s| {
             let payload = s.transport.offer(info)?;
             Some(Offer { transport: s.kind.as_str().into(), payload })
@@ -81,7 +81,7 @@ fn connect(
         inner.status.iter().filter_map(|s| s.reason.clone().map(|r| (s.kind, r))).collect();
     let mut paths = Vec::new();
     for slot in &inner.slots {
-        if let Some(reason) = out_of_reach(&slot.caps, info, side) {
+        if let Some(reason) = out_of_reach(slot.caps, info, side) {
             skipped.push((slot.kind, reason));
             continue;
         }
@@ -138,7 +138,9 @@ pub(crate) fn assemble(
 }
 
 pub(crate) fn close_paths(paths: &[Path]) {
-    paths.iter().for_each(|p| p.link.close());
+    for path in paths {
+        path.link.close();
+    }
 }
 
 fn check(inner: &Inner, info: &PeerInfo, paths: &[Path], skipped: &[(TransportKind, String)]) -> Result<()> {

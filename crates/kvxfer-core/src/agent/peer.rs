@@ -169,19 +169,16 @@ impl PeerInner {
         payload: &[u8],
         accounted: bool,
     ) -> Result<()> {
-        match &self.outbox {
-            Some(outbox) => {
-                if outbox.push(payload, accounted)? == Pushed::Waiting {
-                    agent.reactor.command(Command::Spilled(self.clone()));
-                }
+        if let Some(outbox) = &self.outbox {
+            if outbox.push(payload, accounted)? == Pushed::Waiting {
+                agent.reactor.command(Command::Spilled(self.clone()));
             }
-            None => {
-                let message = Message::Notify { payload: payload.to_vec() };
-                if accounted {
-                    self.conn.send_accounted(&message)?;
-                } else {
-                    self.conn.send(&message)?;
-                }
+        } else {
+            let message = Message::Notify { payload: payload.to_vec() };
+            if accounted {
+                self.conn.send_accounted(&message)?;
+            } else {
+                self.conn.send(&message)?;
             }
         }
         self.sent.inc();

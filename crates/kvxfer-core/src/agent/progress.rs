@@ -178,7 +178,7 @@ impl Progress {
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::PeerUp(peer, decoder) => self.peer_up(peer, decoder),
+            Command::PeerUp(peer, decoder) => self.peer_up(&peer, decoder),
             Command::Gone(peer, code, text) => self.gone(peer.id, code, &text, true),
             Command::Linked(token, result) => self.linked(token, *result),
             Command::Spilled(peer) => {
@@ -315,7 +315,9 @@ impl Progress {
     }
 
     fn unwatch_listeners(&mut self) {
-        self.inner.listeners.iter().for_each(|l| self.inner.reactor.unwatch(&l.fd));
+        for listener in &self.inner.listeners {
+            self.inner.reactor.unwatch(&listener.fd);
+        }
         if let Some(side) = &self.inner.side {
             self.inner.reactor.unwatch(&side.fd);
         }
@@ -449,7 +451,7 @@ impl Progress {
         let welcomed = talk.conn.send(&Message::Welcome);
         let peer = PeerInner::new(&self.inner, *assembled, None, talk.conn);
         if welcomed.is_ok() && self.inner.enter(&peer).is_ok() {
-            self.peer_up(peer, talk.decoder);
+            self.peer_up(&peer, talk.decoder);
         } else {
             links::close_paths(&peer.paths);
             self.inner.sessions.lock().remove(&peer.info.session);
@@ -492,10 +494,10 @@ impl Progress {
 
     // ---- peers ----
 
-    fn peer_up(&mut self, peer: Arc<PeerInner>, decoder: Decoder) {
+    fn peer_up(&mut self, peer: &Arc<PeerInner>, decoder: Decoder) {
         let id = peer.id;
         if let Some(mailbox) = &peer.mailbox
-            && let Err(e) = self.inner.inbox.add(mailbox.clone())
+            && let Err(e) = self.inner.inbox.add(mailbox)
         {
             tracing::warn!(peer = %peer.info.name, error = %e, "mailbox not watched");
         }
@@ -524,7 +526,7 @@ impl Progress {
             "peer up"
         );
         self.peers.insert(id, Entry::new(peer.clone(), decoder));
-        let handle = Peer::from_inner(&self.inner, &peer);
+        let handle = Peer::from_inner(&self.inner, peer);
         self.hosts().iter().for_each(|h| h.peer_up(&handle));
         if self.shutdown.is_some() {
             self.gone(id, ErrorCode::Closed, "this agent is shutting down", true);
@@ -539,9 +541,9 @@ impl Progress {
     }
 
     fn read_peer(&mut self, id: u64) {
-        let mut buffer = [0u8; 64 << 10];
+        let mut buffer = [0u8; 16 << 10];
         // A bounded number of rounds, so that one peer cannot keep the thread to itself.
-        for _ in 0..16 {
+        for _ in 0..64 {
             let Some(entry) = self.peers.get_mut(&id) else { return };
             match entry.peer.conn.read(&mut buffer) {
                 Ok(0) => return self.ended(id, "closed its connection"),
@@ -631,7 +633,7 @@ impl Progress {
                 self.reply(peer, &Message::Refused { channel, serial, code, text });
             }
             other => {
-                tracing::debug!(peer = %peer.info.name, channel = ?other.channel(), "nobody takes this message")
+                tracing::debug!(peer = %peer.info.name, channel = ?other.channel(), "nobody takes this message");
             }
         }
     }
@@ -694,7 +696,9 @@ impl Progress {
         self.inner.hosts.write().clear();
         self.unwatch_listeners();
         let tokens: Vec<u64> = self.incoming.keys().copied().collect();
-        tokens.into_iter().for_each(|t| self.drop_incoming(t));
+        for token in tokens {
+            self.drop_incoming(token);
+        }
         self.sources.retain(|_, s| !matches!(s, Source::SideStranger(..)));
         let ids: Vec<u64> = self.peers.keys().copied().collect();
         for id in ids {
@@ -719,7 +723,9 @@ impl Progress {
             slot.transport.shutdown();
         }
         self.inner.exports.write().clear();
-        self.inner.listeners.iter().for_each(super::address::Listener::remove_file);
+        for listener in &self.inner.listeners {
+            listener.remove_file();
+        }
         // Data paths that were still being connected end with their deadline; their results are dropped.
         if left.is_empty() {
             Ok(())

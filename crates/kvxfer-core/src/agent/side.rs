@@ -164,10 +164,9 @@ impl SideChannel {
                         arrived.insert(u64::from_le_bytes(word), fd);
                     }
                 }
-                Ok(None) => return false,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return true,
-                Err(_) => return false,
+                Ok(None) | Err(_) => return false,
             }
         }
     }

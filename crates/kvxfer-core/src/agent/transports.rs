@@ -4,8 +4,11 @@ use super::TransportStatus;
 use super::choose;
 use super::state::Slot;
 use crate::config::AgentConfig;
+use crate::transport::cma::CmaTransport;
+use crate::transport::fault::FaultTransport;
 use crate::transport::inproc::InprocTransport;
 use crate::transport::mover::Mover;
+use crate::transport::shm::ShmTransport;
 use crate::transport::tcp::TcpTransport;
 use crate::transport::{Transport, TransportKind};
 use crate::{Error, Result};
@@ -13,10 +16,7 @@ use kvxfer_proto::ErrorCode;
 use std::sync::Arc;
 
 /// Every transport that the policy allows and this machine has; the caller's own take the place of built-in ones.
-pub(crate) fn create(
-    config: &AgentConfig,
-    own: Vec<Arc<dyn Transport>>,
-) -> (Vec<Slot>, Vec<TransportStatus>) {
+pub(crate) fn create(config: &AgentConfig, own: &[Arc<dyn Transport>]) -> (Vec<Slot>, Vec<TransportStatus>) {
     let mover = Mover::new(config);
     let mut slots = Vec::new();
     let mut status = Vec::new();
@@ -30,6 +30,10 @@ pub(crate) fn create(
         };
         let reason = match made {
             Ok(transport) => {
+                let transport: Arc<dyn Transport> = match &config.faults {
+                    Some(plan) => FaultTransport::new(transport, plan.clone()),
+                    None => transport,
+                };
                 slots.push(Slot { kind, caps: transport.capabilities(), transport });
                 None
             }
@@ -46,6 +50,8 @@ pub(crate) fn create(
 fn built_in(config: &AgentConfig, kind: TransportKind, mover: &Arc<Mover>) -> Result<Arc<dyn Transport>> {
     match kind {
         TransportKind::Inproc => Ok(InprocTransport::new(config, mover)?),
+        TransportKind::Shm => Ok(ShmTransport::new(config, mover)?),
+        TransportKind::Cma => Ok(CmaTransport::new(config, mover)?),
         TransportKind::Tcp => Ok(Arc::new(TcpTransport::new(&config.tcp, config.peer_timeout)?)),
         other => Err(Error::failed(ErrorCode::NotAvailable, format!("{other} is not part of this build"))),
     }
