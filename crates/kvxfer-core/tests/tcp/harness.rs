@@ -143,7 +143,7 @@ pub fn connect(a: &Node, b: &Node, via: Option<SocketAddr>) -> (Arc<dyn Link>, A
     (link_a, link_b)
 }
 
-/// Submits a job and returns its tracker.
+/// Submits a job that is accepted and returns its tracker.
 pub fn start(
     link: &Arc<dyn Link>,
     op: Op,
@@ -152,6 +152,18 @@ pub fn start(
     pieces: &[Piece],
     integrity: Integrity,
 ) -> (TransferId, Arc<Tracker>) {
+    submit(link, op, local, remote, pieces, integrity).unwrap()
+}
+
+/// Submits a job.
+pub fn submit(
+    link: &Arc<dyn Link>,
+    op: Op,
+    local: &Arc<Memory>,
+    remote: RemoteKey,
+    pieces: &[Piece],
+    integrity: Integrity,
+) -> kvxfer_core::Result<(TransferId, Arc<Tracker>)> {
     let tracker = Arc::new(Tracker::new(pieces.len()));
     let transfer = TransferId(fresh());
     let job = Job {
@@ -165,8 +177,8 @@ pub fn start(
         digest: None,
         tracker: tracker.clone(),
     };
-    link.submit(job).unwrap();
-    (transfer, tracker)
+    link.submit(job)?;
+    Ok((transfer, tracker))
 }
 
 pub fn wait(tracker: &Tracker) {

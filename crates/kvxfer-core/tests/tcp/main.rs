@@ -2,4 +2,8 @@
 #![allow(missing_docs, unreachable_pub, reason = "helpers of a test, not an interface")]
 
 mod data;
+mod faults;
 mod harness;
+mod hostile;
+mod process;
+mod proxy;
