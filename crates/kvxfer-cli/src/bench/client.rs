@@ -9,7 +9,8 @@ use crate::{Failure, agents};
 use kvxfer_core::agent::Access;
 use kvxfer_core::baseline::{self, ProcessMemory};
 use kvxfer_core::{
-    Agent, Integrity, Memory, Op, Peer, Piece, Region, RemoteRegion, TransferOptions, TransportKind,
+    Agent, AgentConfig, Integrity, Memory, Op, Peer, Piece, Region, RemoteRegion, TransferOptions,
+    TransportKind,
 };
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,21 +70,36 @@ impl Baseline {
 impl Session {
     /// With a child process of our own.
     pub(crate) fn with_child(bytes: u64) -> Result<Self, Failure> {
+        Self::with_own_child(bytes, false)
+    }
+
+    /// The same between agents whose waiting threads sleep at once.
+    pub(crate) fn with_sleepers(bytes: u64) -> Result<Self, Failure> {
+        Self::with_own_child(bytes, true)
+    }
+
+    fn with_own_child(bytes: u64, no_spin: bool) -> Result<Self, Failure> {
         let mut child = Child::start("benchmark server", &["internal-child", "bench-server"])?;
         let key = crate::secret()?;
-        let start = Start { key: key.clone(), parent: std::process::id() };
+        let start = Start { key: key.clone(), no_spin, parent: std::process::id() };
         let Started { address } = child.ask(&start, DEADLINE)?;
         super::server::permit(child.pid());
-        Self::open(bytes, &address, Some(key), Some(child))
+        let config = agents::settings_for(&key, no_spin)?;
+        Self::open(bytes, &address, config, Some(key), Some(child))
     }
 
     /// With `kvxfer bench --server` somewhere.
     pub(crate) fn with_host(bytes: u64, address: &str) -> Result<Self, Failure> {
-        Self::open(bytes, address, None, None)
+        Self::open(bytes, address, agents::settings()?, None, None)
     }
 
-    fn open(bytes: u64, address: &str, key: Option<String>, child: Option<Child>) -> Result<Self, Failure> {
-        let config = key.as_ref().map_or_else(agents::settings, |k| agents::settings_with_key(k))?;
+    fn open(
+        bytes: u64,
+        address: &str,
+        config: AgentConfig,
+        key: Option<String>,
+        child: Option<Child>,
+    ) -> Result<Self, Failure> {
         let name = format!("bench-client-{}", std::process::id());
         let agent = Agent::builder().config(config).name(name).build()?;
         let peer = agent.connect(address, DEADLINE)?;

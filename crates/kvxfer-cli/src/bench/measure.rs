@@ -26,12 +26,14 @@ pub(crate) struct Bench<'a> {
     pub bar: ProgressBar,
     pub rows: Vec<Row>,
     pub notes: Vec<String>,
+    /// Agents that do not spin, for the blocking half of the latency section.
+    sleepers: Option<Session>,
     counter: u64,
 }
 
 impl<'a> Bench<'a> {
     pub(crate) fn new(plan: &'a Plan, session: Session, bar: ProgressBar) -> Self {
-        Self { plan, session, bar, rows: Vec::new(), notes: Vec::new(), counter: 0 }
+        Self { plan, session, bar, rows: Vec::new(), notes: Vec::new(), sleepers: None, counter: 0 }
     }
 
     /// Every section that was asked for. A case that fails leaves a note and the others go on.
@@ -60,11 +62,14 @@ impl<'a> Bench<'a> {
             self.step(&case.name(), |b| b.throughput(case));
         }
         if latency > 0 {
-            for &kind in &kinds {
-                for poll in [true, false] {
-                    let how = if poll { "poll" } else { "block" };
+            for poll in [true, false] {
+                let how = if poll { "poll" } else { "block" };
+                for &kind in &kinds {
                     self.step(&format!("latency.{kind}.{how}"), |b| b.latency(kind, poll));
                 }
+            }
+            if let Some(sleepers) = self.sleepers.take() {
+                sleepers.close();
             }
             if kinds.contains(&TransportKind::Nixl) {
                 self.step("latency.nixl.write64", Self::nixl_small_write);
@@ -209,21 +214,29 @@ impl<'a> Bench<'a> {
     }
 
     /// Half of the time there and back, with the same operation both ways.
+    ///
+    /// A receiver that polls looks all the time. One that blocks sleeps in the kernel: both agents of that pair are told
+    /// not to spin first, or a quick answer would find them still looking.
     fn latency(&mut self, kind: TransportKind, poll: bool) -> Result<(), Failure> {
-        let count: u32 = match (self.plan.quick, poll) {
-            (true, _) => 500,
-            (false, true) => 5000,
-            (false, false) => 3000,
+        let (how, session) = if poll {
+            ("poll", &mut self.session)
+        } else if self.session.local {
+            if self.sleepers.is_none() {
+                self.sleepers = Some(Session::with_sleepers(1 << 20)?);
+            }
+            ("block", self.sleepers.as_mut().unwrap_or(&mut self.session))
+        } else {
+            return Err(Failure::new(
+                "the server's spinning cannot be set from here; measured on one host only",
+            ));
         };
-        let warm = count / 10;
-        // Transports of other orders of magnitude are cut short by time; the server then gives up by itself, so the
-        // number is settled with a few first.
-        let probe = self.ping_pong(kind, poll, 5, 0)?;
+        let count: u32 = if self.plan.quick { 500 } else { 5000 };
+        // A few settle how many the time allows.
+        let probe = ping_pong(session, kind, poll, 5, 0)?;
         let each = Duration::from_nanos((probe.micros(0.5).unwrap_or(1.0) * 2000.0) as u64);
         let affordable = (self.plan.budget.as_nanos() / each.as_nanos().max(1)) as u32;
         let count = count.min(affordable).max(20);
-        let times = self.ping_pong(kind, poll, count, warm.min(count / 2))?;
-        let how = if poll { "poll" } else { "block" };
+        let times = ping_pong(session, kind, poll, count, count / 10)?;
         self.rows.push(Row {
             op: "write+notify".into(),
             pattern: if poll { "receiver polls" } else { "receiver blocks" }.into(),
@@ -234,31 +247,6 @@ impl<'a> Bench<'a> {
             ..Row::named(format!("latency.{kind}.{how}"), kind)
         });
         Ok(())
-    }
-
-    fn ping_pong(
-        &mut self,
-        kind: TransportKind,
-        poll: bool,
-        count: u32,
-        warm: u32,
-    ) -> Result<Latencies, Failure> {
-        let ask = Ask::PingPong { kind, count: count + warm, poll };
-        self.session.control.ask(ask, DEADLINE)?;
-        let (local, remote, _) = self.session.sides(kind);
-        let piece = [Piece { local_offset: 64, remote_offset: 64, len: 64 }];
-        let mut times = Latencies::new();
-        for i in 0..count + warm {
-            let start = Instant::now();
-            self.session.peer.write(local, remote, &piece, ping_options(kind))?;
-            if await_ping(&self.session.agent, poll, Duration::from_secs(5))?.is_none() {
-                return Err(Failure::new(format!("no answer to ping {i} within 5 s")));
-            }
-            if i >= warm {
-                times.add(start.elapsed() / 2);
-            }
-        }
-        Ok(times)
     }
 
     /// A 64-byte write to its end, ours beside the bare library's.
@@ -432,4 +420,30 @@ impl<'a> Bench<'a> {
         });
         Ok(())
     }
+}
+
+/// `count` round trips after `warm` unmeasured ones; the times are those of one way.
+fn ping_pong(
+    session: &mut Session,
+    kind: TransportKind,
+    poll: bool,
+    count: u32,
+    warm: u32,
+) -> Result<Latencies, Failure> {
+    let ask = Ask::PingPong { kind, count: count + warm, poll };
+    session.control.ask(ask, DEADLINE)?;
+    let (local, remote, _) = session.sides(kind);
+    let piece = [Piece { local_offset: 64, remote_offset: 64, len: 64 }];
+    let mut times = Latencies::new();
+    for i in 0..count + warm {
+        let start = Instant::now();
+        session.peer.write(local, remote, &piece, ping_options(kind))?;
+        if await_ping(&session.agent, poll, Duration::from_secs(5))?.is_none() {
+            return Err(Failure::new(format!("no answer to ping {i} within 5 s")));
+        }
+        if i >= warm {
+            times.add(start.elapsed() / 2);
+        }
+    }
+    Ok(times)
 }

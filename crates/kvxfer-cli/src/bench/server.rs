@@ -22,6 +22,8 @@ const MAX_BYTES: u64 = 16 << 30;
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Start {
     pub key: String,
+    /// Waiting threads sleep at once.
+    pub no_spin: bool,
     /// Process that may use `process_vm_writev` on this one, for the baseline.
     pub parent: u32,
 }
@@ -33,11 +35,11 @@ pub(crate) struct Started {
 
 /// The child process of `kvxfer bench`.
 pub(crate) fn run_child() -> Result<(), Failure> {
-    let Some(Start { key, parent }) = child::listen()? else {
+    let Some(Start { key, no_spin, parent }) = child::listen()? else {
         return Err(Failure::new("the server was not told its key"));
     };
     permit(parent);
-    let config = agents::settings_with_key(&key)?;
+    let config = agents::settings_for(&key, no_spin)?;
     let agent = Agent::builder().config(config).name("bench-server").listen("tcp://127.0.0.1:0").build()?;
     let address =
         agent.addresses().into_iter().next().ok_or_else(|| Failure::new("the agent listens nowhere"))?;
