@@ -27,7 +27,7 @@ const STREAM_FROM: u64 = 2 << 20;
 /// Shorter runs gain nothing from streaming stores.
 const STREAM_RUN: usize = 1 << 10;
 /// Copied and compared at a time when every byte is checked; source and destination block fit a first-level cache.
-const CHECKED_BLOCK: usize = 16 << 10;
+const CHECKED_BLOCK: u64 = 16 << 10;
 
 /// Moves one slice of `job` between its local memory and the mapped remote side.
 ///
@@ -103,23 +103,38 @@ unsafe fn copy_runs(job: &Job, slice: &Slice, sides: Sides) {
 /// # Safety
 /// As for [`copy_runs`].
 unsafe fn copy_checked(job: &Job, slice: &Slice, sides: Sides, report: &mut Report) {
-    for run in slice.runs(&job.pieces) {
-        let (from, to) = sides.of(&run);
-        let (mut at, len) = (0, run.len as usize);
-        let mut same = true;
-        while at < len {
-            let (block, from, to) = (CHECKED_BLOCK.min(len - at), from.wrapping_add(at), to.wrapping_add(at));
-            // SAFETY: the block lies inside the run; the caller's promise.
-            unsafe {
-                stream::copy_cached(to, from, block);
-                same &= verify::equal(from, to, block);
+    let mut blocks = slice.runs(&job.pieces).flat_map(blocks).peekable();
+    let mut copied = Vec::new();
+    let mut bytes = 0;
+    while let Some(block) = blocks.next() {
+        let (from, to) = sides.of(&block);
+        let next = blocks.peek().map_or(from, |next| sides.of(next).0);
+        // SAFETY: the caller's promise; `next` is only a hint.
+        unsafe { stream::copy_cached(to, from, block.len as usize, next) };
+        bytes += block.len;
+        copied.push(block);
+        if bytes < CHECKED_BLOCK && blocks.peek().is_some() {
+            continue;
+        }
+        for block in copied.drain(..) {
+            let (from, to) = sides.of(&block);
+            // SAFETY: the caller's promise.
+            if !unsafe { verify::equal(from, to, block.len as usize) } {
+                report.fail(block.piece, ErrorCode::Corrupt, || verify::differs(block.piece, &block));
             }
-            at += block;
         }
-        if !same {
-            report.fail(run.piece, ErrorCode::Corrupt, || verify::differs(run.piece, &run));
-        }
+        bytes = 0;
     }
+}
+
+/// A run in parts of at most [`CHECKED_BLOCK`].
+fn blocks(run: Run) -> impl Iterator<Item = Run> {
+    (0..run.len).step_by(CHECKED_BLOCK as usize).map(move |at| Run {
+        local: run.local + at,
+        remote: run.remote + at,
+        len: CHECKED_BLOCK.min(run.len - at),
+        ..run
+    })
 }
 
 /// Joins runs that follow one another on both sides.

@@ -7,7 +7,8 @@
 /// How far ahead lines are fetched.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2 << 10;
-/// Blocks of at least this size go through the processor's string copy where it has a fast one.
+/// Blocks of at least this size in the middle of a longer run go through the processor's string copy where it has a
+/// fast one; at a run's end the kernels win, because they know where reading goes on.
 #[cfg(target_arch = "x86_64")]
 const STRING_COPY: usize = 16 << 10;
 
@@ -16,49 +17,56 @@ const STRING_COPY: usize = 16 << 10;
 /// # Safety
 /// `from` is readable and `to` writable for `len` bytes. They may overlap, with unspecified bytes as the result.
 pub(super) unsafe fn copy(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        // Whole lines of the destination are streamed, what is before and after is copied as usual.
-        let head = to.align_offset(64).min(len);
-        let lines = (len - head) / 64 * 64;
-        let tail = head + lines;
-        let kernel = if is_x86_feature_detected!("avx512f") {
-            Some(x86::lines_avx512 as Kernel)
-        } else if is_x86_feature_detected!("avx2") {
-            Some(x86::lines_avx2 as Kernel)
-        } else {
-            None
-        };
-        if let Some(kernel) = kernel
-            && lines > 0
-        {
-            // SAFETY: the parts lie inside the range promised; the kernel's features were just detected.
-            unsafe {
-                std::ptr::copy(from, to, head);
-                kernel(to.add(head), from.add(head), lines, next);
-                std::ptr::copy(from.add(tail), to.add(tail), len - tail);
-            }
-            return;
-        }
-    }
-    let _ = next;
     // SAFETY: the caller's promise.
-    unsafe { std::ptr::copy(from, to, len) };
+    unsafe { copy_lines::<true>(to, from, len, next) };
 }
 
 /// Copies so that the destination is in the cache afterwards.
 ///
 /// # Safety
 /// As for [`copy`].
-pub(super) unsafe fn copy_cached(to: *mut u8, from: *const u8, len: usize) {
+pub(super) unsafe fn copy_cached(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
     #[cfg(target_arch = "x86_64")]
-    if len >= STRING_COPY && x86::has_fast_string_copy() {
+    if len >= STRING_COPY && next == from.wrapping_add(len) && x86::has_fast_string_copy() {
         // SAFETY: the caller's promise.
         unsafe { x86::string_copy(to, from, len) };
         return;
     }
     // SAFETY: the caller's promise.
+    unsafe { copy_lines::<false>(to, from, len, next) };
+}
+
+/// # Safety
+/// As for [`copy`].
+unsafe fn copy_lines<const STREAM: bool>(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(kernel) = kernel::<STREAM>() {
+        // Whole lines of the destination go through the kernel, what is before and after is copied as usual.
+        let head = to.align_offset(64).min(len);
+        let lines = (len - head) / 64 * 64;
+        let tail = head + lines;
+        // SAFETY: the parts lie inside the range promised; the kernel's features were detected.
+        unsafe {
+            std::ptr::copy(from, to, head);
+            kernel(to.add(head), from.add(head), lines, next);
+            std::ptr::copy(from.add(tail), to.add(tail), len - tail);
+        }
+        return;
+    }
+    let _ = next;
+    // SAFETY: the caller's promise.
     unsafe { std::ptr::copy(from, to, len) };
+}
+
+#[cfg(target_arch = "x86_64")]
+fn kernel<const STREAM: bool>() -> Option<Kernel> {
+    if is_x86_feature_detected!("avx512f") {
+        Some(x86::lines_avx512::<STREAM>)
+    } else if is_x86_feature_detected!("avx2") {
+        Some(x86::lines_avx2::<STREAM>)
+    } else {
+        None
+    }
 }
 
 /// Makes streaming stores visible before anything that follows.
@@ -72,10 +80,13 @@ pub(super) fn fence() {
 
 /// All kernels, each with whether this processor can run it.
 #[cfg(all(test, target_arch = "x86_64"))]
-pub(super) fn kernels() -> [(bool, Kernel); 2] {
+pub(super) fn kernels() -> [(bool, Kernel); 4] {
+    let (wide, narrow) = (is_x86_feature_detected!("avx512f"), is_x86_feature_detected!("avx2"));
     [
-        (is_x86_feature_detected!("avx512f"), x86::lines_avx512),
-        (is_x86_feature_detected!("avx2"), x86::lines_avx2),
+        (wide, x86::lines_avx512::<true>),
+        (wide, x86::lines_avx512::<false>),
+        (narrow, x86::lines_avx2::<true>),
+        (narrow, x86::lines_avx2::<false>),
     ]
 }
 
@@ -90,8 +101,8 @@ pub(super) type Kernel = unsafe fn(*mut u8, *const u8, usize, *const u8);
 mod x86 {
     use super::AHEAD;
     use std::arch::x86_64::{
-        __m256i, __m512i, _MM_HINT_NTA, _mm_prefetch, _mm256_loadu_si256, _mm256_stream_si256,
-        _mm512_loadu_si512, _mm512_stream_si512,
+        __m256i, __m512i, _MM_HINT_NTA, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256,
+        _mm256_stream_si256, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_stream_si512,
     };
     use std::sync::OnceLock;
 
@@ -103,9 +114,14 @@ mod x86 {
     }
 
     /// # Safety
-    /// `to` is aligned to 64 bytes, `len` a multiple of 64; `from` readable and `to` writable for `len` bytes.
+    /// `to` is aligned to 64 bytes, `len` a multiple of 64 (or zero); `from` readable and `to` writable for `len` bytes.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn lines_avx512(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+    pub(super) unsafe fn lines_avx512<const STREAM: bool>(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        next: *const u8,
+    ) {
         let mut at = 0;
         // SAFETY: all accesses lie below `len`; prefetching has no effect on wrong addresses.
         unsafe {
@@ -121,14 +137,14 @@ mod x86 {
                 let c = _mm512_loadu_si512(source.add(2));
                 let d = _mm512_loadu_si512(source.add(3));
                 let target = to.add(at).cast::<__m512i>();
-                _mm512_stream_si512(target, a);
-                _mm512_stream_si512(target.add(1), b);
-                _mm512_stream_si512(target.add(2), c);
-                _mm512_stream_si512(target.add(3), d);
+                store_512::<STREAM>(target, a);
+                store_512::<STREAM>(target.add(1), b);
+                store_512::<STREAM>(target.add(2), c);
+                store_512::<STREAM>(target.add(3), d);
                 at += 256;
             }
             while at < len {
-                _mm512_stream_si512(to.add(at).cast(), _mm512_loadu_si512(from.add(at).cast()));
+                store_512::<STREAM>(to.add(at).cast(), _mm512_loadu_si512(from.add(at).cast()));
                 at += 64;
             }
         }
@@ -137,7 +153,12 @@ mod x86 {
     /// # Safety
     /// As for [`lines_avx512`].
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn lines_avx2(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+    pub(super) unsafe fn lines_avx2<const STREAM: bool>(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        next: *const u8,
+    ) {
         let mut at = 0;
         // SAFETY: as above.
         unsafe {
@@ -151,17 +172,35 @@ mod x86 {
                 let c = _mm256_loadu_si256(source.add(2));
                 let d = _mm256_loadu_si256(source.add(3));
                 let target = to.add(at).cast::<__m256i>();
-                _mm256_stream_si256(target, a);
-                _mm256_stream_si256(target.add(1), b);
-                _mm256_stream_si256(target.add(2), c);
-                _mm256_stream_si256(target.add(3), d);
+                store_256::<STREAM>(target, a);
+                store_256::<STREAM>(target.add(1), b);
+                store_256::<STREAM>(target.add(2), c);
+                store_256::<STREAM>(target.add(3), d);
                 at += 128;
             }
             while at < len {
-                _mm256_stream_si256(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
+                store_256::<STREAM>(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
                 at += 32;
             }
         }
+    }
+
+    /// # Safety
+    /// `to` is aligned to 64 bytes and writable.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_512<const STREAM: bool>(to: *mut __m512i, line: __m512i) {
+        // SAFETY: the caller's promise.
+        unsafe { if STREAM { _mm512_stream_si512(to, line) } else { _mm512_storeu_si512(to, line) } };
+    }
+
+    /// # Safety
+    /// `to` is aligned to 32 bytes and writable.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn store_256<const STREAM: bool>(to: *mut __m256i, half: __m256i) {
+        // SAFETY: the caller's promise.
+        unsafe { if STREAM { _mm256_stream_si256(to, half) } else { _mm256_storeu_si256(to, half) } };
     }
 
     /// "Enhanced REP MOVSB" (leaf 7, EBX bit 9).
