@@ -1,9 +1,26 @@
 //! Sender and receiver channels: requests, pages, leases and integrity on top of an agent.
 //!
-//! They drive the machines of `kvxfer-proto` with real messages, transfers and time.
+//! ```text
+//! Sender ─ reserve ─► Session ─ Reserve ─────────────► Receiver ─► pool: pages for all chunks, or a place in the queue
+//!                        │     ◄───────────── Grant ─┘
+//!                        ├─ Peer::write (bytes) ─────► the pool's memory
+//!                        └─ Commit (digest) ─────────► check ─► published ─► lookup, acquire ─► engine
+//! ```
+//!
+//! All decisions are made by the machines of `kvxfer-proto`. What is here carries them out: it feeds them messages, ends of
+//! transfers and time, and turns what they ask for into messages, transfers and checks. A machine is only touched under its
+//! channel's lock; messages are queued under that lock too, so that they leave in the order in which they were decided;
+//! transfers are submitted and cancelled outside of it.
 
+mod anchor;
+mod digest;
 mod receiver;
 mod sender;
+mod session;
+mod worker;
+
+#[cfg(test)]
+mod tests;
 
 pub use receiver::{Chunk, Lookup, PoolStats, Receiver, ReceiverConfig, ReceiverEvent};
 pub use sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};

@@ -1,10 +1,21 @@
 //! The prefiller's side: reserve, write, commit.
+//!
+//! A [`Sender`] is a name for a receiver's pool; what happens over one connection to it is a [`Session`]. When the receiver
+//! was restarted the session's requests end with [`ErrorCode::PeerGone`], and the next request opens a new one.
 
-use crate::{Agent, Peer, Region, Result};
+use super::session::{Session, Ticket, failed};
+use crate::{Agent, Error, Peer, Region, Result};
+use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::wire::ChunkSpec;
-use kvxfer_proto::{ErrorCode, Geometry, Integrity, RequestId};
+use kvxfer_proto::{ErrorCode, Geometry, Integrity, PageIndex, RequestId};
+use parking_lot::Mutex;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// First and longest pause between two attempts to reach a receiver that is restarting.
+const RETRY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(250));
+/// How long a receiver that is just starting may take to open its pool after it has begun to listen.
+const POOL_GRACE: Duration = Duration::from_secs(1);
 
 /// Settings of a sender.
 #[derive(Clone, Debug)]
@@ -20,19 +31,23 @@ pub struct SenderConfig {
 }
 
 /// A channel to one receiver's pool. Reconnects by itself when the receiver was restarted. Cheap to clone.
+///
+/// It stays open while a clone, a [`Reservation`] or a [`Delivery`] of it lives; then what is still under way is given up.
 #[derive(Clone)]
 pub struct Sender {
-    _inner: Arc<()>,
+    handle: Arc<Handle>,
 }
 
-/// An admitted (or waiting) request.
+/// An admitted (or waiting) request. Dropping it without [`Reservation::finish`] gives the request up.
 pub struct Reservation {
-    _inner: Arc<()>,
+    delivery: Option<Delivery>,
 }
 
-/// A request whose end can be waited for.
+/// A request whose end can be waited for. Dropping it does not end the request.
 pub struct Delivery {
-    _inner: Arc<()>,
+    handle: Arc<Handle>,
+    session: Arc<Session>,
+    ticket: Arc<Ticket>,
 }
 
 /// Where a chunk's bytes are: runs of a local region, concatenated.
@@ -45,7 +60,7 @@ pub struct ChunkSource {
 }
 
 /// How a request went.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeliveryReport {
     /// Bytes that crossed (chunks already present do not).
     pub bytes: u64,
@@ -57,7 +72,7 @@ pub struct DeliveryReport {
     pub queued: Duration,
     /// From admission to the receiver's word that all is published.
     pub moved: Duration,
-    /// What carried it.
+    /// What carried it (or would have).
     pub transport: crate::TransportKind,
 }
 
@@ -74,65 +89,247 @@ impl Default for SenderConfig {
 
 impl Sender {
     /// Connects and compares geometries.
-    pub fn connect(
-        _agent: &Agent,
-        _address: &str,
-        _config: SenderConfig,
-        _timeout: Duration,
-    ) -> Result<Self> {
-        todo!("channel")
+    pub fn connect(agent: &Agent, address: &str, config: SenderConfig, timeout: Duration) -> Result<Self> {
+        let deadline = Instant::now() + timeout;
+        let peer = agent.connect(address, timeout)?;
+        let session = attach(agent, &peer, &config, deadline)?;
+        let (agent, address) = (agent.clone(), address.to_owned());
+        Ok(Self { handle: Arc::new(Handle { agent, address, config, session: Mutex::new(session) }) })
     }
+
     /// Declares a request with all its chunks. Returns at once; admission is waited for with [`Reservation::wait_admitted`].
+    ///
+    /// Only when the receiver was restarted or is not connected does it first reconnect, at most until the request's own
+    /// deadline.
     pub fn reserve(
         &self,
-        _request: RequestId,
-        _chunks: Vec<ChunkSpec>,
-        _timeout: Option<Duration>,
+        request: RequestId,
+        chunks: Vec<ChunkSpec>,
+        timeout: Option<Duration>,
     ) -> Result<Reservation> {
-        todo!("channel")
+        let timeout = timeout.unwrap_or(self.handle.config.request_timeout);
+        let deadline = Instant::now() + timeout;
+        // A session may end between being looked at and being used: once more, then.
+        for last in [false, true] {
+            let session = self.handle.session(deadline)?;
+            match session.reserve(request.clone(), chunks.clone(), deadline) {
+                Err(e) if !last && !session.is_open() => {
+                    tracing::debug!(error = %e, "the session ended under a new request; reconnecting");
+                }
+                result => {
+                    let ticket = result?;
+                    let handle = self.handle.clone();
+                    return Ok(Reservation { delivery: Some(Delivery { handle, session, ticket }) });
+                }
+            }
+        }
+        Err(Error::failed(ErrorCode::PeerGone, "the receiver keeps going away"))
     }
+
     /// Reserve, write and commit in one go; returns at once.
     pub fn send(
         &self,
-        _request: RequestId,
-        _chunks: Vec<(ChunkSpec, ChunkSource)>,
-        _timeout: Option<Duration>,
+        request: RequestId,
+        chunks: Vec<(ChunkSpec, ChunkSource)>,
+        timeout: Option<Duration>,
     ) -> Result<Delivery> {
-        todo!("channel")
+        let (specs, sources): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+        let reservation = self.reserve(request, specs, timeout)?;
+        for (i, source) in sources.into_iter().enumerate() {
+            reservation.write(i, source)?;
+        }
+        Ok(reservation.finish())
     }
-    /// The receiver's agent.
+
+    /// The receiver's agent, as last connected.
     pub fn peer(&self) -> Peer {
-        todo!("channel")
+        self.handle.session.lock().peer().clone()
+    }
+}
+
+impl std::fmt::Debug for Sender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sender")
+            .field("address", &self.handle.address)
+            .field("pool", &self.handle.config.pool)
+            .finish_non_exhaustive()
     }
 }
 
 impl Reservation {
     /// Waits until the request is admitted; refusal is the error.
-    pub fn wait_admitted(&self, _timeout: Duration) -> Result<()> {
-        todo!("channel")
+    pub fn wait_admitted(&self, timeout: Duration) -> Result<()> {
+        self.inner().ticket.wait_admitted(timeout)
     }
+
+    /// True when the request is admitted and has not failed.
+    pub fn is_admitted(&self) -> bool {
+        self.inner().ticket.is_admitted()
+    }
+
     /// Writes and commits chunk `i` from `source`; returns at once. Chunks that are present already cost nothing.
-    /// Call it as soon as the chunk's bytes are final, while the prefill goes on.
-    pub fn write(&self, _i: usize, _source: ChunkSource) -> Result<()> {
-        todo!("channel")
+    /// Call it as soon as the chunk's bytes are final, while the prefill goes on: they must stay as they are until the request
+    /// has ended. Each chunk is written once.
+    pub fn write(&self, i: usize, source: ChunkSource) -> Result<()> {
+        let Delivery { session, ticket, .. } = self.inner();
+        let Some(spec) = ticket.specs.get(i) else {
+            return Err(Error::OutOfRange {
+                what: format!("chunks of request {}", ticket.request),
+                offset: i as u64,
+                len: 1,
+                limit: ticket.specs.len() as u64,
+            });
+        };
+        let chunk = PlanChunk {
+            chunk: i as u32,
+            page: PageIndex(0),
+            len: spec.len,
+            source_len: source.region.len(),
+            runs: &source.runs,
+        };
+        plan(&session.layout()?, &[chunk], Striping::NONE)
+            .map_err(|e| Error::InvalidArgument { argument: "source", problem: e.to_string() })?;
+        session.supply(ticket, i as u32, source)
     }
+
     /// Every chunk has been given to [`Reservation::write`]; the rest can be waited for.
-    pub fn finish(self) -> Delivery {
-        todo!("channel")
+    pub fn finish(mut self) -> Delivery {
+        let delivery = self.delivery.take();
+        delivery.unwrap_or_else(|| unreachable!("taken by finish and abort only, which consume the reservation"))
     }
+
     /// Gives the request up. Pages are reused once no write can land.
-    pub fn abort(self, _why: ErrorCode) {
-        todo!("channel")
+    pub fn abort(mut self, why: ErrorCode) {
+        if let Some(d) = self.delivery.take() {
+            d.session.abort(&d.ticket, why);
+        }
+    }
+
+    fn inner(&self) -> &Delivery {
+        self.delivery
+            .as_ref()
+            .unwrap_or_else(|| unreachable!("taken by finish and abort only, which consume the reservation"))
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(d) = self.delivery.take() {
+            d.session.abort(&d.ticket, ErrorCode::Cancelled);
+        }
+    }
+}
+
+impl std::fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reservation").field("request", &self.inner().ticket.request).finish_non_exhaustive()
     }
 }
 
 impl Delivery {
-    /// Waits for the end.
-    pub fn wait(&self, _timeout: Duration) -> Result<DeliveryReport> {
-        todo!("channel")
+    /// Waits for the end; the request's failure is the error. [`ErrorCode::TimedOut`] also when `timeout` passes first: the
+    /// request goes on until its own deadline.
+    pub fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {
+        self.ticket.wait(timeout)
     }
     /// True when it has ended.
     pub fn is_finished(&self) -> bool {
-        todo!("channel")
+        self.ticket.is_finished()
+    }
+    /// The request.
+    pub fn request(&self) -> &RequestId {
+        &self.ticket.request
+    }
+    /// Gives the request up if it has not ended. Pages are reused once no write can land.
+    pub fn abort(&self, why: ErrorCode) {
+        self.session.abort(&self.ticket, why);
+    }
+}
+
+impl std::fmt::Debug for Delivery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Delivery")
+            .field("request", &self.ticket.request)
+            .field("pool", &self.handle.config.pool)
+            .field("finished", &self.is_finished())
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for ChunkSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ChunkSource").field("region", &self.region.id()).field("runs", &self.runs.len()).finish()
+    }
+}
+
+/// What all clones of a sender share.
+struct Handle {
+    agent: Agent,
+    address: String,
+    config: SenderConfig,
+    session: Mutex<Arc<Session>>,
+}
+
+impl Handle {
+    /// The session, a new one when the last has ended.
+    fn session(&self, deadline: Instant) -> Result<Arc<Session>> {
+        let mut session = self.session.try_lock_until(deadline).ok_or_else(|| Error::TimedOut {
+            operation: format!("reconnecting to {}", self.address),
+            after: Duration::ZERO,
+        })?;
+        if session.is_open() {
+            return Ok(session.clone());
+        }
+        let started = Instant::now();
+        let mut pause = RETRY.0;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let fresh = self
+                .agent
+                .connect(&self.address, left)
+                .and_then(|peer| attach(&self.agent, &peer, &self.config, deadline));
+            match fresh {
+                Ok(fresh) => {
+                    tracing::info!(address = self.address, took = ?started.elapsed(), "reconnected to the receiver");
+                    session.release();
+                    *session = fresh;
+                    return Ok(session.clone());
+                }
+                Err(e) => {
+                    let again = matches!(
+                        e.code(),
+                        ErrorCode::Unreachable | ErrorCode::PeerGone | ErrorCode::NotFound | ErrorCode::Closed
+                    ) && self.agent.is_open();
+                    if !again || Instant::now() + pause >= deadline {
+                        return Err(e);
+                    }
+                }
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let session = self.session.get_mut();
+        session.close(&failed(ErrorCode::Closed, "the sender was closed"));
+        session.release();
+    }
+}
+
+/// Attaches to the pool. One that is not open yet, because its process is just starting, is asked for again for a moment.
+fn attach(agent: &Agent, peer: &Peer, config: &SenderConfig, deadline: Instant) -> Result<Arc<Session>> {
+    let patience = deadline.min(Instant::now() + POOL_GRACE);
+    let mut pause = RETRY.0;
+    loop {
+        match Session::attach(agent, peer, config, deadline) {
+            Err(e) if e.code() == ErrorCode::NotFound && Instant::now() + pause < patience => {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(RETRY.1);
+            }
+            result => return result,
+        }
     }
 }

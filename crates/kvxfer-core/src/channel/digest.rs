@@ -1,0 +1,125 @@
+//! Digests over registered memory.
+//!
+//! Such memory may be written by others at any time, so it is never looked at through a Rust slice: bytes are copied into a
+//! buffer that stays in the first-level cache and hashed there.
+
+use crate::{Memory, Result};
+use kvxfer_proto::integrity::{self, Binding, SEGMENT, SegmentHasher};
+
+/// Bytes copied out at a time.
+const BLOCK: usize = 16 << 10;
+
+/// A chunk's bytes: runs of one memory, concatenated.
+pub(super) struct Bytes<'a> {
+    pub(super) memory: &'a Memory,
+    pub(super) runs: &'a [(u64, u64)],
+}
+
+impl Bytes<'_> {
+    /// Digest at level `bound`.
+    pub(super) fn bound(&self, binding: &Binding) -> Result<u64> {
+        let mut cursor = Cursor::new(self);
+        binding.bound(|offset, out| cursor.read(offset, out))
+    }
+
+    /// Digest at level `full`.
+    pub(super) fn full(&self, binding: &Binding) -> Result<u64> {
+        let mut cursor = Cursor::new(self);
+        let mut buffer = [0; BLOCK];
+        let mut hashes = Vec::with_capacity(integrity::segment_count(binding.len) as usize);
+        for i in 0..integrity::segment_count(binding.len) {
+            let (start, len) = integrity::segment(binding.len, i);
+            let mut hasher = SegmentHasher::new();
+            let mut done = 0;
+            while done < len {
+                let block = &mut buffer[..(len - done).min(BLOCK as u64) as usize];
+                cursor.read(start + done, block)?;
+                hasher.update(block);
+                done += block.len() as u64;
+            }
+            hashes.push(hasher.finish());
+        }
+        Ok(binding.full(hashes))
+    }
+}
+
+const _: () = assert!((SEGMENT as usize).is_multiple_of(BLOCK));
+
+/// Reads a chunk front to back, with gaps but never back.
+struct Cursor<'a> {
+    memory: &'a Memory,
+    runs: &'a [(u64, u64)],
+    /// Offset in the chunk at which `runs[0]` begins.
+    base: u64,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(bytes: &Bytes<'a>) -> Self {
+        Self { memory: bytes.memory, runs: bytes.runs, base: 0 }
+    }
+
+    fn read(&mut self, mut offset: u64, mut out: &mut [u8]) -> Result<()> {
+        while let Some(&(start, len)) = self.runs.first()
+            && !out.is_empty()
+        {
+            if offset >= self.base + len {
+                self.base += len;
+                self.runs = &self.runs[1..];
+                continue;
+            }
+            let within = offset - self.base;
+            let n = out.len().min((len - within) as usize);
+            let (now, rest) = out.split_at_mut(n);
+            self.memory.read_at(start + within, now)?;
+            out = rest;
+            offset += n as u64;
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        Err(crate::Error::OutOfRange {
+            what: "the chunk's source".into(),
+            offset,
+            len: out.len() as u64,
+            limit: self.base,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvxfer_proto::{ChunkKey, Generation, PageIndex, RequestId};
+
+    #[test]
+    fn runs_and_one_piece_give_the_same_digests() {
+        let len = SEGMENT + 5000;
+        let binding = Binding {
+            request: RequestId::new("r").expect("valid"),
+            key: ChunkKey::new("k").expect("valid"),
+            len,
+            page: PageIndex(1),
+            generation: Generation(2),
+        };
+        let memory = Memory::anonymous(2 * len as usize).expect("memory");
+        let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + (i >> 9)) as u8).collect();
+        memory.write_at(0, &bytes).expect("inside");
+        // The same bytes again, in three runs that are apart.
+        let cuts = [(0, 10), (10, 70_000), (70_010, len - 70_010)];
+        let mut runs = Vec::new();
+        let mut at = len;
+        for (start, n) in cuts {
+            memory.write_at(at, &bytes[start as usize..(start + n) as usize]).expect("inside");
+            runs.push((at, n));
+            at += n;
+        }
+        let whole = Bytes { memory: &memory, runs: &[(0, len)] };
+        let parts = Bytes { memory: &memory, runs: &runs };
+        let segments = bytes.chunks(SEGMENT as usize).map(integrity::segment_hash);
+        assert_eq!(whole.full(&binding).expect("readable"), binding.full(segments));
+        assert_eq!(parts.full(&binding).expect("readable"), whole.full(&binding).expect("readable"));
+        assert_eq!(parts.bound(&binding).expect("readable"), whole.bound(&binding).expect("readable"));
+        let short = Bytes { memory: &memory, runs: &[(0, len - 1)] };
+        assert!(short.full(&binding).is_err() && short.bound(&binding).is_err());
+    }
+}

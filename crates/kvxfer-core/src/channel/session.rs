@@ -1,0 +1,735 @@
+//! One attachment of a sender to a pool, over one connection: it drives the sender's machine.
+//!
+//! Called by the agent's progress thread (messages, time), by whichever thread ends a transfer, by the hashing thread and by
+//! the user. Threads that end transfers belong to transports and must not deregister memory: what they let go of goes to
+//! `trash`, which the progress thread empties.
+
+use super::anchor::Anchor;
+use super::digest::Bytes;
+use super::sender::{ChunkSource, DeliveryReport, SenderConfig};
+use super::worker::Worker;
+use crate::agent::PeerState;
+use crate::agent::host::{self, Host};
+use crate::transport::{Capabilities, SegmentDigests, Tracker, TransportKind};
+use crate::{Agent, Error, Peer, Piece, RemoteRegion, Result, Transfer, TransferOptions};
+use kvxfer_proto::integrity::{Binding, segment_count};
+use kvxfer_proto::layout::Layout;
+use kvxfer_proto::plan::{PlanChunk, Striping, plan};
+use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Write};
+use kvxfer_proto::wire::{Check, ChunkSpec, Message, RegionAdvert};
+use kvxfer_proto::{ErrorCode, Integrity, RequestId, Time};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// Numbers of channels; unique within the process, so within each agent's epoch.
+static NEXT_CHANNEL: AtomicU64 = AtomicU64::new(1);
+
+/// The end of a request as its caller sees it.
+pub(super) struct Ticket {
+    pub(super) request: RequestId,
+    pub(super) specs: Vec<ChunkSpec>,
+    serial: u64,
+    state: Mutex<TicketState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct TicketState {
+    admitted: bool,
+    result: Option<Result<DeliveryReport>>,
+}
+
+pub(super) struct Session {
+    me: Weak<Self>,
+    anchor: Anchor,
+    peer: Peer,
+    channel: u64,
+    pool: String,
+    integrity: Option<Integrity>,
+    hasher: Worker,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    attached: Option<Result<Attached>>,
+    requests: HashMap<u64, Request>,
+    announced: Time,
+    trash: Vec<Trash>,
+}
+
+/// What an attachment brings.
+struct Attached {
+    machine: machine::Sender,
+    layout: Layout,
+    remote: RemoteRegion,
+    /// Level of checking unless a write's transport asks for more.
+    level: Integrity,
+}
+
+/// Dropped by the progress thread.
+type Trash = Box<dyn Send>;
+
+struct Request {
+    ticket: Arc<Ticket>,
+    sources: Vec<Option<Arc<ChunkSource>>>,
+    transfers: HashMap<u32, Transfer>,
+    in_flight: u32,
+    cancelled: bool,
+    deadline: Instant,
+    carried: Option<TransportKind>,
+    span: tracing::Span,
+}
+
+/// What is done after the lock is released.
+#[derive(Default)]
+struct Todo {
+    writes: Vec<Write>,
+    cancels: Vec<Transfer>,
+    ends: Vec<(Arc<Ticket>, Result<DeliveryReport>)>,
+    schedule: bool,
+}
+
+/// A write under way: it is over when its bytes have been moved and its digest is known.
+struct WriteJob {
+    session: Arc<Session>,
+    write: Write,
+    binding: Binding,
+    source: Arc<ChunkSource>,
+    how: How,
+    parts: Mutex<(Option<Result<(), Failure>>, Option<Result<u64, Failure>>)>,
+}
+
+/// Where the digest of a write comes from.
+enum How {
+    None,
+    /// Sampled lines of the source, once the bytes have been moved.
+    Bound,
+    /// Left by the mover.
+    Fused(Arc<SegmentDigests>),
+    /// The hashing thread's, while the bytes are moved.
+    Hashed,
+}
+
+pub(super) fn failed(code: ErrorCode, text: impl Into<String>) -> Failure {
+    Failure { code, text: text.into() }
+}
+
+fn error(f: &Failure) -> Error {
+    Error::failed(f.code, f.text.clone())
+}
+
+impl From<SenderError> for Error {
+    fn from(e: SenderError) -> Self {
+        Self::failed(e.code(), e.to_string())
+    }
+}
+
+impl Session {
+    /// Opens a channel to the pool at `peer` and waits for its answer.
+    pub(super) fn attach(
+        agent: &Agent,
+        peer: &Peer,
+        config: &SenderConfig,
+        deadline: Instant,
+    ) -> Result<Arc<Self>> {
+        let session = Arc::new_cyclic(|me| Self {
+            me: me.clone(),
+            anchor: Anchor::new(agent),
+            peer: peer.clone(),
+            channel: NEXT_CHANNEL.fetch_add(1, Ordering::Relaxed),
+            pool: config.pool.clone(),
+            integrity: config.integrity.or(agent.config().integrity),
+            hasher: Worker::new("kvxfer-hash"),
+            state: Mutex::new(State {
+                attached: None,
+                requests: HashMap::new(),
+                announced: Time::NEVER,
+                trash: Vec::new(),
+            }),
+            changed: Condvar::new(),
+        });
+        let host: Weak<Self> = Arc::downgrade(&session);
+        agent.add_host(host);
+        let (channel, pool, geometry) = (session.channel, config.pool.clone(), config.geometry.clone());
+        let result = peer
+            .send(Message::Attach { channel, pool, geometry })
+            .and_then(|()| session.wait_attached(deadline));
+        if let Err(e) = result {
+            session.release();
+            return Err(e);
+        }
+        Ok(session)
+    }
+
+    fn wait_attached(&self, deadline: Instant) -> Result<()> {
+        let started = Instant::now();
+        let mut state = self.state.lock();
+        loop {
+            match &state.attached {
+                Some(Ok(_)) => return Ok(()),
+                Some(Err(e)) => return Err(e.clone()),
+                None => {}
+            }
+            if let PeerState::Gone(code) = self.peer.state() {
+                return Err(Error::failed(code, format!("agent {} went away", self.peer.name())));
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() && state.attached.is_none() {
+                return Err(Error::TimedOut {
+                    operation: format!("attaching to pool {:?} of agent {}", self.pool, self.peer.name()),
+                    after: started.elapsed(),
+                });
+            }
+        }
+    }
+
+    pub(super) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// True while new requests can be made over it.
+    pub(super) fn is_open(&self) -> bool {
+        let open = matches!(&self.state.lock().attached, Some(Ok(a)) if a.machine.closed().is_none());
+        open && self.peer.state() == PeerState::Up
+    }
+
+    pub(super) fn layout(&self) -> Result<Layout> {
+        match &self.state.lock().attached {
+            Some(Ok(a)) => Ok(a.layout),
+            Some(Err(e)) => Err(e.clone()),
+            None => Err(Error::failed(ErrorCode::InProgress, "not attached yet")),
+        }
+    }
+
+    pub(super) fn reserve(
+        &self,
+        request: RequestId,
+        specs: Vec<ChunkSpec>,
+        deadline: Instant,
+    ) -> Result<Arc<Ticket>> {
+        let mut state = self.state.lock();
+        let State { attached, requests, .. } = &mut *state;
+        let Some(Ok(a)) = attached else {
+            return Err(Error::failed(ErrorCode::PeerGone, "not attached to the pool"));
+        };
+        let serial =
+            a.machine.reserve(host::now(), request.clone(), specs.clone(), host::to_time(deadline), a.level)?;
+        let bytes = specs.iter().map(|s| s.len).sum::<u64>();
+        let span = tracing::info_span!(
+            "request", side = "sender", %request, receiver = %self.peer.name(), pool = self.pool, chunks = specs.len(), bytes
+        );
+        let ticket = Arc::new(Ticket {
+            request,
+            serial,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            specs,
+        });
+        let r = Request {
+            ticket: ticket.clone(),
+            sources: ticket.specs.iter().map(|_| None).collect(),
+            transfers: HashMap::new(),
+            in_flight: 0,
+            cancelled: false,
+            deadline,
+            carried: None,
+            span,
+        };
+        requests.insert(serial, r);
+        self.carry_out(state);
+        Ok(ticket)
+    }
+
+    pub(super) fn supply(&self, ticket: &Ticket, chunk: u32, source: ChunkSource) -> Result<()> {
+        let mut state = self.state.lock();
+        let State { attached, requests, .. } = &mut *state;
+        let Some(Ok(a)) = attached else { return Err(ticket.error()) };
+        // The machine asks for the write as soon as it knows of the source: it must be there.
+        let before = requests.get_mut(&ticket.serial).map(|r| r.sources[chunk as usize].replace(Arc::new(source)));
+        match a.machine.supply(ticket.serial, chunk) {
+            Ok(()) => {}
+            Err(SenderError::Ended) => return Err(ticket.error()),
+            Err(e) => {
+                if let (Some(before), Some(r)) = (before, requests.get_mut(&ticket.serial)) {
+                    r.sources[chunk as usize] = before;
+                }
+                return Err(e.into());
+            }
+        }
+        self.carry_out(state);
+        Ok(())
+    }
+
+    pub(super) fn abort(&self, ticket: &Ticket, why: ErrorCode) {
+        self.with(|m| m.abort(ticket.serial, why));
+    }
+
+    /// Ends every request and closes the channel.
+    pub(super) fn close(&self, failure: &Failure) {
+        self.with(|m| m.close(failure));
+        let (channel, code, text) = (self.channel, failure.code, failure.text.clone());
+        // A peer that is gone needs no word.
+        let _ = self.peer.send(Message::Detach { channel, code, text });
+    }
+
+    /// Lets go of the agent; called on a thread of the user. Transfers that still end keep the rest alive.
+    pub(super) fn release(&self) {
+        self.anchor.release();
+    }
+
+    // ---- driving the machine ----
+
+    fn with(&self, f: impl FnOnce(&mut machine::Sender)) {
+        let mut state = self.state.lock();
+        if let Some(Ok(a)) = &mut state.attached {
+            f(&mut a.machine);
+        }
+        self.carry_out(state);
+    }
+
+    fn carry_out(&self, mut state: MutexGuard<'_, State>) {
+        let mut todo = Todo::default();
+        let State { attached: Some(Ok(a)), requests, announced, trash } = &mut *state else { return };
+        while let Some(output) = a.machine.poll() {
+            match output {
+                Output::Send(message) => {
+                    if let Err(e) = self.peer.send(message)
+                        && !matches!(e.code(), ErrorCode::PeerGone | ErrorCode::Closed)
+                    {
+                        tracing::warn!(peer = %self.peer.name(), error = %e, "cannot speak to the receiver; disconnecting");
+                        self.peer.disconnect();
+                    }
+                }
+                Output::Write(write) => {
+                    if let Some(r) = requests.get_mut(&write.serial) {
+                        r.in_flight += 1;
+                        todo.writes.push(write);
+                    }
+                }
+                Output::Cancel { serial } => {
+                    if let Some(r) = requests.get_mut(&serial) {
+                        r.cancelled = true;
+                        todo.cancels.extend(r.transfers.values().cloned());
+                    }
+                }
+                Output::Admitted { serial } => {
+                    if let Some(r) = requests.get(&serial) {
+                        r.span.in_scope(|| tracing::debug!("admitted"));
+                        r.ticket.state.lock().admitted = true;
+                        r.ticket.changed.notify_all();
+                    }
+                }
+                Output::ChunkDone { serial, chunk } => {
+                    if let Some(r) = requests.get_mut(&serial)
+                        && let Some(source) = r.sources[chunk as usize].take()
+                    {
+                        trash.push(Box::new(source));
+                    }
+                }
+                Output::Ended { serial, result } => {
+                    if let Some(r) = requests.get_mut(&serial) {
+                        let result = self.report(r, result);
+                        todo.ends.push((r.ticket.clone(), result));
+                        if r.in_flight == 0 {
+                            trash.extend(requests.remove(&serial).map(|r| Box::new(r) as Trash));
+                        }
+                    }
+                }
+            }
+        }
+        let next = a.machine.next_timeout().unwrap_or(Time::NEVER);
+        todo.schedule = next < *announced || !trash.is_empty();
+        *announced = next.min(*announced);
+        drop(state);
+        self.perform(todo);
+    }
+
+    fn perform(&self, todo: Todo) {
+        for (ticket, result) in todo.ends {
+            ticket.state.lock().result = Some(result);
+            ticket.changed.notify_all();
+        }
+        for transfer in todo.cancels {
+            transfer.cancel();
+        }
+        for write in todo.writes {
+            self.start(write);
+        }
+        if todo.schedule {
+            self.anchor.schedule();
+        }
+    }
+
+    fn report(&self, r: &Request, result: Result<machine::Summary, Failure>) -> Result<DeliveryReport> {
+        match result {
+            Ok(s) => {
+                tracing::debug!(parent: &r.span, bytes = s.bytes, queued = ?s.queued, moved = ?s.moved, "delivered");
+                let first = || self.peer.paths().first().map(|p| p.0);
+                Ok(DeliveryReport {
+                    bytes: s.bytes,
+                    written: s.written,
+                    present: s.present,
+                    queued: s.queued,
+                    moved: s.moved,
+                    transport: r.carried.or_else(first).unwrap_or(TransportKind::Inproc),
+                })
+            }
+            Err(f) => {
+                tracing::warn!(parent: &r.span, request = %r.ticket.request, code = %f.code, text = f.text, "request failed");
+                Err(error(&f))
+            }
+        }
+    }
+
+    // ---- writes ----
+
+    fn start(&self, write: Write) {
+        let Some(me) = self.me.upgrade() else { return };
+        if let Err(e) = me.clone().submit(write) {
+            me.write_ended(write, Err(failed(e.code(), e.to_string())));
+        }
+        part(me);
+    }
+
+    /// Submits one chunk's transfer. An error means that nothing has been or will be moved.
+    fn submit(self: Arc<Self>, write: Write) -> Result<()> {
+        let gone = || Error::failed(ErrorCode::Cancelled, "the request has ended");
+        let (source, binding, deadline, layout, remote, level) = {
+            let state = self.state.lock();
+            let (Some(r), Some(Ok(a))) = (state.requests.get(&write.serial), &state.attached) else {
+                return Err(gone());
+            };
+            let i = write.chunk as usize;
+            let source = r.sources[i].clone().filter(|_| !r.cancelled).ok_or_else(gone)?;
+            let spec = &r.ticket.specs[i];
+            let binding = Binding {
+                request: r.ticket.request.clone(),
+                key: spec.key.clone(),
+                len: spec.len,
+                page: write.page,
+                generation: write.generation,
+            };
+            (source, binding, r.deadline, a.layout, a.remote.clone(), a.level)
+        };
+        let chunk = PlanChunk {
+            chunk: write.chunk,
+            page: write.page,
+            len: binding.len,
+            source_len: source.region.len(),
+            runs: &source.runs,
+        };
+        let pieces: Vec<Piece> = plan(&layout, &[chunk], Striping::NONE)
+            .map_err(|e| Error::InvalidArgument { argument: "source", problem: e.to_string() })?
+            .into_iter()
+            .map(|p| Piece { local_offset: p.source, remote_offset: p.destination, len: p.len })
+            .collect();
+        let (kind, caps) = self.peer.carrier(&source.region, &remote).ok_or_else(|| {
+            let paths = self.peer.paths();
+            Error::failed(
+                ErrorCode::NotAvailable,
+                format!("no transport carries the chunk from this memory to the pool; connected: {paths:?}"),
+            )
+        })?;
+        let level = self.integrity.unwrap_or(level.max(caps.default_integrity));
+        let base = layout.offset(write.page).unwrap_or(0);
+        let (how, on_the_way) = choose(level, caps, base, binding.len);
+        let digests = if let How::Fused(d) = &how { Some(d.clone()) } else { None };
+        let job = Arc::new(WriteJob { session: self, write, binding, source, how, parts: Mutex::default() });
+        if matches!(job.how, How::Hashed) {
+            let hashing = job.clone();
+            job.session.hasher.run(move || WriteJob::hash(hashing))?;
+        }
+        let options = TransferOptions {
+            timeout: Some(deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))),
+            integrity: Some(on_the_way),
+            ..TransferOptions::default()
+        };
+        let submitted =
+            job.session.peer.write_with_digests(&job.source.region, &remote, &pieces, options, digests);
+        let transfer = match submitted {
+            Ok(transfer) => transfer,
+            Err(e) => {
+                // A hash may be under way: it finds that the write is over.
+                job.parts.lock().1 = None;
+                return Err(e);
+            }
+        };
+        {
+            let mut state = job.session.state.lock();
+            if let Some(r) = state.requests.get_mut(&write.serial) {
+                r.carried = Some(kind);
+                if r.cancelled {
+                    drop(state);
+                    transfer.cancel();
+                } else {
+                    r.transfers.insert(write.chunk, transfer.clone());
+                }
+            }
+        }
+        let ended = job.clone();
+        transfer.on_finish(move |tracker| WriteJob::moved(ended, tracker));
+        job.let_go();
+        Ok(())
+    }
+
+    /// A write is over: `Ok` with what to commit.
+    fn write_ended(&self, write: Write, result: Result<Check, Failure>) {
+        let mut state = self.state.lock();
+        let State { attached, requests, trash, .. } = &mut *state;
+        if let Some(r) = requests.get_mut(&write.serial) {
+            r.in_flight -= 1;
+            trash.extend(r.transfers.remove(&write.chunk).map(|t| Box::new(t) as Trash));
+            let over = r.in_flight == 0 && r.cancelled;
+            if over {
+                trash.extend(requests.remove(&write.serial).map(|r| Box::new(r) as Trash));
+            }
+        }
+        if let Some(Ok(a)) = attached {
+            a.machine.written(write, result);
+        }
+        self.carry_out(state);
+    }
+
+    /// The pool's answer to our attachment.
+    fn answered(
+        &self,
+        region: Option<&RegionAdvert>,
+        pages: u32,
+        code: ErrorCode,
+        text: &str,
+    ) -> Result<Attached> {
+        if code != ErrorCode::Ok {
+            let text = if text.is_empty() { code.as_str() } else { text };
+            return Err(Error::failed(code, format!("pool {:?} of agent {}: {text}", self.pool, self.peer.name())));
+        }
+        let broken = |text: String| Error::failed(ErrorCode::Protocol, text);
+        let region = region.ok_or_else(|| broken("the receiver named no region for its pool".into()))?;
+        if pages == 0 || region.len / u64::from(pages) == 0 {
+            return Err(broken(format!("a pool of {pages} pages in {} bytes", region.len)));
+        }
+        let page_bytes = self.page_bytes.min(region.len / u64::from(pages));
+        if page_bytes != self.page_bytes {
+            let text = format!("{pages} pages of {} bytes do not fit {} bytes", self.page_bytes, region.len);
+            return Err(broken(text));
+        }
+        let layout = Layout::new(page_bytes, pages).map_err(|e| broken(e.to_string()))?;
+        let remote = self.peer.import(region)?;
+        let by_transport = |kind: TransportKind| match kind {
+            TransportKind::Tcp | TransportKind::Nixl => Integrity::Full,
+            _ => Integrity::Bound,
+        };
+        let level = self
+            .integrity
+            .unwrap_or_else(|| remote.transports().first().map_or(Integrity::Full, |k| by_transport(*k)));
+        Ok(Attached { machine: machine::Sender::new(self.channel, layout), layout, remote, level })
+    }
+
+    fn is_peer(&self, peer: &Peer) -> bool {
+        peer.connection() == self.peer.connection()
+    }
+}
+
+/// How a level is kept on a transport, and at which level the transport itself works.
+fn choose(level: Integrity, caps: Capabilities, base: u64, len: u64) -> (How, Integrity) {
+    match level {
+        Integrity::Off => (How::None, Integrity::Off),
+        Integrity::Bound => (How::Bound, Integrity::Bound),
+        // Every byte is checked as it arrives: what is left to check is that it is the right chunk.
+        Integrity::Full if caps.verifies_arrival => (How::Bound, Integrity::Full),
+        Integrity::Full if caps.fuses_digest => {
+            let hashes = (0..segment_count(len)).map(|_| AtomicU64::new(0)).collect();
+            (How::Fused(Arc::new(SegmentDigests { base, len, hashes })), Integrity::Bound)
+        }
+        Integrity::Full => (How::Hashed, Integrity::Bound),
+    }
+}
+
+impl WriteJob {
+    /// The transfer has ended; runs on the thread that ended it.
+    fn moved(job: Arc<Self>, tracker: &Tracker) {
+        let result = match tracker.error() {
+            None => Ok(()),
+            Some(code) => Err(failed(code, tracker.detail().unwrap_or_else(|| code.to_string()))),
+        };
+        let bytes = || Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
+        let digest = match &job.how {
+            _ if result.is_err() => Some(Ok(0)),
+            How::Hashed => None,
+            How::None => Some(Ok(0)),
+            How::Bound => Some(bytes().bound(&job.binding)),
+            How::Fused(d) => Some(Ok(job.binding.full(d.hashes.iter().map(|h| h.load(Ordering::Acquire))))),
+        };
+        let digest = digest.map(|d| d.map_err(|e| failed(e.code(), e.to_string())));
+        {
+            let mut parts = job.parts.lock();
+            parts.0 = Some(result);
+            if digest.is_some() {
+                parts.1 = digest;
+            }
+        }
+        job.end_if_complete();
+        job.let_go();
+    }
+
+    /// Runs on the hashing thread.
+    fn hash(job: Arc<Self>) {
+        let bytes = Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
+        let digest = bytes.full(&job.binding).map_err(|e| failed(e.code(), e.to_string()));
+        job.parts.lock().1.get_or_insert(digest);
+        job.end_if_complete();
+        job.let_go();
+    }
+
+    fn end_if_complete(&self) {
+        let result = {
+            let mut parts = self.parts.lock();
+            match &*parts {
+                (Some(Ok(())), Some(Ok(digest))) => Ok(match self.how {
+                    How::None => Check::None,
+                    How::Bound => Check::Bound(*digest),
+                    How::Fused(_) | How::Hashed => Check::Full(*digest),
+                }),
+                (Some(Err(f)), _) | (Some(Ok(())), Some(Err(f))) => Err(f.clone()),
+                _ => return,
+            }
+            .inspect(|_| ())
+            .map_err(|f| {
+                parts.1 = None;
+                f
+            })
+        };
+        // Decided once: whoever comes second finds nothing to decide.
+        self.parts.lock().0 = None;
+        self.session.write_ended(self.write, result);
+    }
+
+    /// Drops one reference; the last one hands what must not be dropped here to the progress thread.
+    fn let_go(self: Arc<Self>) {
+        if let Some(Self { session, source, .. }) = Arc::into_inner(self) {
+            session.state.lock().trash.push(Box::new(source));
+            session.anchor.schedule();
+            part(session);
+        }
+    }
+}
+
+/// Lets go of a session on a thread that may belong to a transport.
+fn part(session: Arc<Session>) {
+    if let Some(last) = Arc::into_inner(session) {
+        std::thread::spawn(move || drop(last));
+    }
+}
+
+impl Host for Session {
+    fn message(&self, peer: &Peer, message: &Message) -> bool {
+        if message.channel() != Some(self.channel) || !self.is_peer(peer) {
+            return false;
+        }
+        if let Message::Attached { region, pages, code, text, .. } = message {
+            let mut state = self.state.lock();
+            if state.attached.is_none() {
+                state.attached = Some(self.answered(region.as_ref(), *pages, *code, text));
+                self.changed.notify_all();
+            }
+            return true;
+        }
+        let unknown = matches!(message, Message::Refused { code: ErrorCode::NotFound, .. });
+        let mut taken = false;
+        self.with(|m| {
+            taken = m.message(host::now(), message);
+            if unknown {
+                m.close(&failed(ErrorCode::PeerGone, "the receiver does not know this channel any more"));
+            }
+        });
+        taken
+    }
+
+    fn peer_gone(&self, peer: &Peer, code: ErrorCode) {
+        if self.is_peer(peer) {
+            let failure = failed(ErrorCode::PeerGone, format!("receiver {} is gone: {code}", peer.name()));
+            self.with(|m| m.close(&failure));
+            self.changed.notify_all();
+        }
+    }
+
+    fn peer_fenced(&self, _peer: &Peer) {}
+
+    fn tick(&self, now: Time) -> Option<Time> {
+        let mut state = self.state.lock();
+        let trash = std::mem::take(&mut state.trash);
+        if let Some(Ok(a)) = &mut state.attached {
+            a.machine.tick(now);
+        }
+        // Told by the return value: no need to be asked again for it.
+        state.announced = Time(0);
+        self.carry_out(state);
+        drop(trash);
+        let mut state = self.state.lock();
+        let next = match &state.attached {
+            Some(Ok(a)) => a.machine.next_timeout(),
+            _ => None,
+        };
+        state.announced = next.unwrap_or(Time::NEVER);
+        next
+    }
+
+    fn closed(&self) {
+        self.with(|m| m.close(&failed(ErrorCode::Closed, "the agent was shut down")));
+        self.changed.notify_all();
+    }
+}
+
+impl Ticket {
+    pub(super) fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {
+        let mut state = self.state.lock();
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(result) = &state.result {
+                return result.clone();
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() && state.result.is_none() {
+                return Err(self.timed_out("delivery", timeout));
+            }
+        }
+    }
+
+    pub(super) fn wait_admitted(&self, timeout: Duration) -> Result<()> {
+        let mut state = self.state.lock();
+        let deadline = Instant::now() + timeout;
+        loop {
+            match &state.result {
+                Some(Err(e)) => return Err(e.clone()),
+                Some(Ok(_)) => return Ok(()),
+                None if state.admitted => return Ok(()),
+                None => {}
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() && !state.admitted && state.result.is_none() {
+                return Err(self.timed_out("admission", timeout));
+            }
+        }
+    }
+
+    pub(super) fn is_admitted(&self) -> bool {
+        let state = self.state.lock();
+        state.admitted && !matches!(state.result, Some(Err(_)))
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.state.lock().result.is_some()
+    }
+
+    /// Why nothing can be done with it any more.
+    fn error(&self) -> Error {
+        match &self.state.lock().result {
+            Some(Err(e)) => e.clone(),
+            _ => Error::failed(ErrorCode::InvalidArgument, format!("request {} has ended", self.request)),
+        }
+    }
+
+    fn timed_out(&self, what: &str, after: Duration) -> Error {
+        Error::TimedOut { operation: format!("{what} of request {}", self.request), after }
+    }
+}
