@@ -226,7 +226,6 @@ pub(crate) struct PoolGauges {
 
 impl PoolGauges {
     /// Shows the pool as it is now.
-    #[cfg_attr(not(test), expect(dead_code, reason = "set by the receiver channel"))]
     pub(crate) fn set(&self, s: &PoolStats) {
         for (state, pages) in self.states(s) {
             self.pages.get_or_create(&self.labels(state)).set(i64::from(pages));

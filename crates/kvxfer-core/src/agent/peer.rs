@@ -229,6 +229,10 @@ impl Peer {
     pub fn epoch(&self) -> Epoch {
         self.inner.info.epoch
     }
+    /// Number of this connection; another connection of the same agent has another one.
+    pub(crate) fn connection(&self) -> u64 {
+        self.inner.id
+    }
     /// Up or gone.
     pub fn state(&self) -> PeerState {
         self.inner.state()

@@ -223,7 +223,8 @@ impl Receiver {
             if state.closed {
                 return Err(pool.closed_error());
             }
-            if pool.changed.wait_until(&mut state, deadline).timed_out() && !state.ends.contains_key(request) {
+            if pool.changed.wait_until(&mut state, deadline).timed_out() && !state.ends.contains_key(request)
+            {
                 return Err(Error::TimedOut { operation: format!("request {request}"), after: timeout });
             }
         }
@@ -272,7 +273,10 @@ impl Receiver {
             }
             if pool.changed.wait_until(&mut state, deadline).timed_out() && state.stats().quarantined > 0 {
                 return Err(Error::TimedOut {
-                    operation: format!("closing pool {:?}: {quarantined} pages may still be written", pool.name),
+                    operation: format!(
+                        "closing pool {:?}: {quarantined} pages may still be written",
+                        pool.name
+                    ),
                     after: timeout,
                 });
             }
@@ -338,8 +342,10 @@ impl Drop for Chunk {
 }
 
 fn layout(config: &ReceiverConfig) -> Result<Layout> {
-    Layout::new(config.geometry.page_bytes, config.pages)
-        .map_err(|e| Error::InvalidArgument { argument: "pages and geometry.page_bytes", problem: e.to_string() })
+    Layout::new(config.geometry.page_bytes, config.pages).map_err(|e| Error::InvalidArgument {
+        argument: "pages and geometry.page_bytes",
+        problem: e.to_string(),
+    })
 }
 
 /// What all clones of a receiver share.
@@ -438,13 +444,15 @@ impl State {
                 self.spans.insert((peer, request), span);
             }
             Event::Ready { peer, request, bytes, took } => {
-                let span = self.spans.remove(&(peer.clone(), request.clone())).unwrap_or_else(tracing::Span::none);
+                let span =
+                    self.spans.remove(&(peer.clone(), request.clone())).unwrap_or_else(tracing::Span::none);
                 tracing::debug!(parent: &span, bytes, ?took, "ready");
                 self.end(request.clone(), Ok(()));
                 self.push(ReceiverEvent::Ready { sender: peer.name, request });
             }
             Event::Failed { peer, request, code, text } => {
-                let span = self.spans.remove(&(peer.clone(), request.clone())).unwrap_or_else(tracing::Span::none);
+                let span =
+                    self.spans.remove(&(peer.clone(), request.clone())).unwrap_or_else(tracing::Span::none);
                 tracing::warn!(parent: &span, %request, %code, text, "request failed");
                 self.end(request.clone(), Err((code, text.clone())));
                 self.push(ReceiverEvent::Failed { sender: peer.name, request, code, text });
@@ -543,7 +551,9 @@ impl Pool {
                 let memory = self.region.memory().clone();
                 let (me, token) = (self.me.clone(), verify.token);
                 let job = move || {
-                    let good = Bytes { memory: &memory, runs: &runs }.full(&verify.binding).is_ok_and(|d| d == digest);
+                    let good = Bytes { memory: &memory, runs: &runs }
+                        .full(&verify.binding)
+                        .is_ok_and(|d| d == digest);
                     drop(memory);
                     if let Some(pool) = me.upgrade() {
                         pool.with(|m| m.verified(host::now(), token, good));

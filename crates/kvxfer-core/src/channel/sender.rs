@@ -195,7 +195,8 @@ impl Reservation {
     /// Every chunk has been given to [`Reservation::write`]; the rest can be waited for.
     pub fn finish(mut self) -> Delivery {
         let delivery = self.delivery.take();
-        delivery.unwrap_or_else(|| unreachable!("taken by finish and abort only, which consume the reservation"))
+        delivery
+            .unwrap_or_else(|| unreachable!("taken by finish and abort only, which consume the reservation"))
     }
 
     /// Gives the request up. Pages are reused once no write can land.
@@ -258,7 +259,10 @@ impl std::fmt::Debug for Delivery {
 
 impl std::fmt::Debug for ChunkSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChunkSource").field("region", &self.region.id()).field("runs", &self.runs.len()).finish()
+        f.debug_struct("ChunkSource")
+            .field("region", &self.region.id())
+            .field("runs", &self.runs.len())
+            .finish()
     }
 }
 
@@ -284,10 +288,11 @@ impl Handle {
         let mut pause = RETRY.0;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let fresh = self
-                .agent
-                .connect(&self.address, left)
-                .and_then(|peer| attach(&self.agent, &peer, &self.config, deadline));
+            let fresh = match self.agent.connect(&self.address, left) {
+                // Closed is our own agent here, and the receiver's pool below.
+                Err(e) if e.code() == ErrorCode::Closed => return Err(e),
+                connected => connected.and_then(|peer| attach(&self.agent, &peer, &self.config, deadline)),
+            };
             match fresh {
                 Ok(fresh) => {
                     tracing::info!(address = self.address, took = ?started.elapsed(), "reconnected to the receiver");
@@ -298,8 +303,11 @@ impl Handle {
                 Err(e) => {
                     let again = matches!(
                         e.code(),
-                        ErrorCode::Unreachable | ErrorCode::PeerGone | ErrorCode::NotFound | ErrorCode::Closed
-                    ) && self.agent.is_open();
+                        ErrorCode::Unreachable
+                            | ErrorCode::PeerGone
+                            | ErrorCode::NotFound
+                            | ErrorCode::Closed
+                    );
                     if !again || Instant::now() + pause >= deadline {
                         return Err(e);
                     }

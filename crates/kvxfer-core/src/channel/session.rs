@@ -48,6 +48,7 @@ pub(super) struct Session {
     peer: Peer,
     channel: u64,
     pool: String,
+    page_bytes: u64,
     integrity: Option<Integrity>,
     hasher: Worker,
     state: Mutex<State>,
@@ -100,7 +101,15 @@ struct WriteJob {
     binding: Binding,
     source: Arc<ChunkSource>,
     how: How,
-    parts: Mutex<(Option<Result<(), Failure>>, Option<Result<u64, Failure>>)>,
+    parts: Mutex<Parts>,
+}
+
+#[derive(Default)]
+struct Parts {
+    moved: Option<Result<(), Failure>>,
+    digest: Option<Result<u64, Failure>>,
+    /// The machine has been told.
+    over: bool,
 }
 
 /// Where the digest of a write comes from.
@@ -142,6 +151,7 @@ impl Session {
             peer: peer.clone(),
             channel: NEXT_CHANNEL.fetch_add(1, Ordering::Relaxed),
             pool: config.pool.clone(),
+            page_bytes: config.geometry.page_bytes,
             integrity: config.integrity.or(agent.config().integrity),
             hasher: Worker::new("kvxfer-hash"),
             state: Mutex::new(State {
@@ -215,19 +225,19 @@ impl Session {
         let Some(Ok(a)) = attached else {
             return Err(Error::failed(ErrorCode::PeerGone, "not attached to the pool"));
         };
-        let serial =
-            a.machine.reserve(host::now(), request.clone(), specs.clone(), host::to_time(deadline), a.level)?;
+        let serial = a.machine.reserve(
+            host::now(),
+            request.clone(),
+            specs.clone(),
+            host::to_time(deadline),
+            a.level,
+        )?;
         let bytes = specs.iter().map(|s| s.len).sum::<u64>();
         let span = tracing::info_span!(
             "request", side = "sender", %request, receiver = %self.peer.name(), pool = self.pool, chunks = specs.len(), bytes
         );
-        let ticket = Arc::new(Ticket {
-            request,
-            serial,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-            specs,
-        });
+        let ticket =
+            Arc::new(Ticket { request, serial, state: Mutex::default(), changed: Condvar::new(), specs });
         let r = Request {
             ticket: ticket.clone(),
             sources: ticket.specs.iter().map(|_| None).collect(),
@@ -248,7 +258,8 @@ impl Session {
         let State { attached, requests, .. } = &mut *state;
         let Some(Ok(a)) = attached else { return Err(ticket.error()) };
         // The machine asks for the write as soon as it knows of the source: it must be there.
-        let before = requests.get_mut(&ticket.serial).map(|r| r.sources[chunk as usize].replace(Arc::new(source)));
+        let before =
+            requests.get_mut(&ticket.serial).map(|r| r.sources[chunk as usize].replace(Arc::new(source)));
         match a.machine.supply(ticket.serial, chunk) {
             Ok(()) => {}
             Err(SenderError::Ended) => return Err(ticket.error()),
@@ -453,7 +464,7 @@ impl Session {
             Ok(transfer) => transfer,
             Err(e) => {
                 // A hash may be under way: it finds that the write is over.
-                job.parts.lock().1 = None;
+                job.parts.lock().over = true;
                 return Err(e);
             }
         };
@@ -503,19 +514,20 @@ impl Session {
     ) -> Result<Attached> {
         if code != ErrorCode::Ok {
             let text = if text.is_empty() { code.as_str() } else { text };
-            return Err(Error::failed(code, format!("pool {:?} of agent {}: {text}", self.pool, self.peer.name())));
+            return Err(Error::failed(
+                code,
+                format!("pool {:?} of agent {}: {text}", self.pool, self.peer.name()),
+            ));
         }
         let broken = |text: String| Error::failed(ErrorCode::Protocol, text);
         let region = region.ok_or_else(|| broken("the receiver named no region for its pool".into()))?;
-        if pages == 0 || region.len / u64::from(pages) == 0 {
-            return Err(broken(format!("a pool of {pages} pages in {} bytes", region.len)));
+        let layout = Layout::new(self.page_bytes, pages).map_err(|e| broken(e.to_string()))?;
+        if layout.total_bytes() > region.len {
+            return Err(broken(format!(
+                "{pages} pages of {} bytes in a region of {}",
+                self.page_bytes, region.len
+            )));
         }
-        let page_bytes = self.page_bytes.min(region.len / u64::from(pages));
-        if page_bytes != self.page_bytes {
-            let text = format!("{pages} pages of {} bytes do not fit {} bytes", self.page_bytes, region.len);
-            return Err(broken(text));
-        }
-        let layout = Layout::new(page_bytes, pages).map_err(|e| broken(e.to_string()))?;
         let remote = self.peer.import(region)?;
         let by_transport = |kind: TransportKind| match kind {
             TransportKind::Tcp | TransportKind::Nixl => Integrity::Full,
@@ -556,8 +568,8 @@ impl WriteJob {
         };
         let bytes = || Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
         let digest = match &job.how {
-            _ if result.is_err() => Some(Ok(0)),
             How::Hashed => None,
+            _ if result.is_err() => None,
             How::None => Some(Ok(0)),
             How::Bound => Some(bytes().bound(&job.binding)),
             How::Fused(d) => Some(Ok(job.binding.full(d.hashes.iter().map(|h| h.load(Ordering::Acquire))))),
@@ -565,9 +577,9 @@ impl WriteJob {
         let digest = digest.map(|d| d.map_err(|e| failed(e.code(), e.to_string())));
         {
             let mut parts = job.parts.lock();
-            parts.0 = Some(result);
+            parts.moved = Some(result);
             if digest.is_some() {
-                parts.1 = digest;
+                parts.digest = digest;
             }
         }
         job.end_if_complete();
@@ -578,15 +590,17 @@ impl WriteJob {
     fn hash(job: Arc<Self>) {
         let bytes = Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
         let digest = bytes.full(&job.binding).map_err(|e| failed(e.code(), e.to_string()));
-        job.parts.lock().1.get_or_insert(digest);
+        job.parts.lock().digest = Some(digest);
         job.end_if_complete();
         job.let_go();
     }
 
+    /// Tells the machine, once, as soon as the outcome is certain.
     fn end_if_complete(&self) {
         let result = {
             let mut parts = self.parts.lock();
-            match &*parts {
+            let result = match (&parts.moved, &parts.digest) {
+                _ if parts.over => return,
                 (Some(Ok(())), Some(Ok(digest))) => Ok(match self.how {
                     How::None => Check::None,
                     How::Bound => Check::Bound(*digest),
@@ -594,15 +608,10 @@ impl WriteJob {
                 }),
                 (Some(Err(f)), _) | (Some(Ok(())), Some(Err(f))) => Err(f.clone()),
                 _ => return,
-            }
-            .inspect(|_| ())
-            .map_err(|f| {
-                parts.1 = None;
-                f
-            })
+            };
+            parts.over = true;
+            result
         };
-        // Decided once: whoever comes second finds nothing to decide.
-        self.parts.lock().0 = None;
         self.session.write_ended(self.write, result);
     }
 
@@ -706,7 +715,10 @@ impl Ticket {
                 None if state.admitted => return Ok(()),
                 None => {}
             }
-            if self.changed.wait_until(&mut state, deadline).timed_out() && !state.admitted && state.result.is_none() {
+            if self.changed.wait_until(&mut state, deadline).timed_out()
+                && !state.admitted
+                && state.result.is_none()
+            {
                 return Err(self.timed_out("admission", timeout));
             }
         }

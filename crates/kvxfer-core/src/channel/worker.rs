@@ -25,7 +25,9 @@ impl Worker {
             std::thread::Builder::new()
                 .name(self.name.into())
                 .spawn(move || receiver.into_iter().for_each(|job| job()))
-                .map_err(|e| Error::system("starting a thread for digests", e, "raise the limit on threads"))?;
+                .map_err(|e| {
+                    Error::system("starting a thread for digests", e, "raise the limit on threads")
+                })?;
             *jobs = Some(sender);
         }
         if let Some(jobs) = jobs.as_ref() {
