@@ -344,7 +344,7 @@ impl Peer {
         self.inner.check_up()?;
         Ok(RemoteRegion { inner: RemoteInner::import(&self.agent, &self.inner, advert)? })
     }
-    /// Like [`Peer::write`], and the mover leaves segment digests in `digests` when it can (see [`Peer::fuses_digest`]).
+    /// Like [`Peer::write`], and the mover leaves segment digests in `digests` when it can (see [`Peer::carrier`]).
     pub(crate) fn write_with_digests(
         &self,
         local: &Region,
@@ -354,10 +354,6 @@ impl Peer {
         digests: Option<Arc<SegmentDigests>>,
     ) -> Result<Transfer> {
         transfer::submit(self, Op::Write, local, remote, pieces, options, digests)
-    }
-    /// True when the transport that would carry a write from `local` to `remote` fills [`SegmentDigests`] while copying.
-    pub(crate) fn fuses_digest(&self, local: &Region, remote: &RemoteRegion) -> bool {
-        self.carrier(local, remote).is_some_and(|(_, caps)| caps.fuses_digest)
     }
     /// The transport that would carry a transfer between the two, and what it can do.
     pub(crate) fn carrier(

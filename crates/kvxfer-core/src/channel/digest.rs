@@ -29,15 +29,15 @@ impl Bytes<'_> {
         let mut hashes = Vec::with_capacity(integrity::segment_count(binding.len) as usize);
         for i in 0..integrity::segment_count(binding.len) {
             let (start, len) = integrity::segment(binding.len, i);
-            let mut hasher = SegmentHasher::new();
+            let mut segment = SegmentHasher::new();
             let mut done = 0;
             while done < len {
                 let block = &mut buffer[..(len - done).min(BLOCK as u64) as usize];
                 cursor.read(start + done, block)?;
-                hasher.update(block);
+                segment.update(block);
                 done += block.len() as u64;
             }
-            hashes.push(hasher.finish());
+            hashes.push(segment.finish());
         }
         Ok(binding.full(hashes))
     }

@@ -109,21 +109,17 @@ impl Sender {
     ) -> Result<Reservation> {
         let timeout = timeout.unwrap_or(self.handle.config.request_timeout);
         let deadline = Instant::now() + timeout;
-        // A session may end between being looked at and being used: once more, then.
-        for last in [false, true] {
-            let session = self.handle.session(deadline)?;
-            match session.reserve(request.clone(), chunks.clone(), deadline) {
-                Err(e) if !last && !session.is_open() => {
-                    tracing::debug!(error = %e, "the session ended under a new request; reconnecting");
-                }
-                result => {
-                    let ticket = result?;
-                    let handle = self.handle.clone();
-                    return Ok(Reservation { delivery: Some(Delivery { handle, session, ticket }) });
-                }
+        let mut session = self.handle.session(deadline)?;
+        let ticket = match session.reserve(request.clone(), chunks.clone(), deadline) {
+            // It ended between being looked at and being used: once more, over a new one.
+            Err(_) if !session.is_open() => {
+                session = self.handle.session(deadline)?;
+                session.reserve(request, chunks, deadline)?
             }
-        }
-        Err(Error::failed(ErrorCode::PeerGone, "the receiver keeps going away"))
+            result => result?,
+        };
+        let handle = self.handle.clone();
+        Ok(Reservation { delivery: Some(Delivery { handle, session, ticket }) })
     }
 
     /// Reserve, write and commit in one go; returns at once.

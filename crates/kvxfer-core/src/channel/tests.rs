@@ -347,7 +347,8 @@ fn closing_a_pool_ends_requests_on_both_sides() {
     assert_eq!(code(p.receiver.wait_request(&id("r"), SOON)), ErrorCode::Closed);
     assert_eq!(code(p.receiver.wait_request(&id("never"), SOON)), ErrorCode::Closed);
     assert_eq!(p.receiver.stats().free, 4);
-    let e = p.sender.reserve(id("s"), specs([1]), Some(Duration::from_millis(200))).expect_err("no pool");
+    let again = p.sender.reserve(id("s"), specs([1]), Some(Duration::from_millis(200)));
+    let e = again.and_then(|r| r.wait_admitted(SOON)).expect_err("no pool");
     assert!(matches!(e.code(), ErrorCode::Closed | ErrorCode::NotFound), "{e}");
 }
 
