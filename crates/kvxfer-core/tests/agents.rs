@@ -25,14 +25,14 @@ fn write_read_and_notify_over_every_transport_in_one_process() {
             .map(|i| Piece { local_offset: i << 16, remote_offset: (15 - i) << 16, len: 1 << 16 })
             .collect();
         let options = TransferOptions { notify: Some(b"done".to_vec()), ..TransferOptions::default() };
-        let t = peer.write(&source, &remote, &pieces, options).unwrap();
-        let report = t.wait(LONG).unwrap();
+        let transfer = peer.write(&source, &remote, &pieces, options).unwrap();
+        let report = transfer.wait(LONG).unwrap();
         report.ok().unwrap();
         assert_eq!((report.transport, report.bytes, report.pieces, report.failed), (kind, LEN as u64, 16, 0));
-        assert!((0..16).all(|i| t.outcome(i) == Some(Outcome::Done)));
-        assert_eq!(t.outcome(16), None);
-        let n = b.notification(LONG).unwrap().unwrap();
-        assert_eq!((n.peer.as_str(), n.payload.as_slice()), (a.name().as_str(), &b"done"[..]));
+        assert!((0..16).all(|i| transfer.outcome(i) == Some(Outcome::Done)));
+        assert_eq!(transfer.outcome(16), None);
+        let told = b.notification(LONG).unwrap().unwrap();
+        assert_eq!((told.peer.as_str(), told.payload.as_slice()), (a.name().as_str(), &b"done"[..]));
         for p in &pieces {
             let mut got = vec![0; p.len as usize];
             let mut sent = got.clone();

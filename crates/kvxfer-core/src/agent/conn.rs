@@ -82,6 +82,15 @@ impl Conn {
         self.send_frame(&encode(message)?, true)
     }
 
+    /// Queues a message without writing it: whatever is sent from now on comes after it. [`Conn::flush`] lets it go.
+    pub(crate) fn hold(&self, message: &Message) -> Result<()> {
+        let frame = encode(message)?;
+        let mut s = self.state.lock();
+        s.queued += frame.len();
+        s.queue.push_back(frame);
+        Ok(())
+    }
+
     /// True when a sender should hold back.
     pub(crate) fn is_full(&self) -> bool {
         self.state.lock().queued >= MAX_QUEUED

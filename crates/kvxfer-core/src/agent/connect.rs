@@ -129,8 +129,17 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
     let assembled = match links::assemble(inner, info, &offers, side, mailbox, deadline) {
         Ok(a) => a,
         Err(e) => {
-            // Whatever the peer says at the same time is as good a reason, ours names our configuration.
             let _ = talk.send(&Message::Refuse { code: e.code(), text: e.to_string() });
+            // The peer may have refused at the same time, and closed what we were using: its reason is the cause then.
+            // Ours comes first where it is about our own configuration.
+            if !matches!(e.code(), ErrorCode::Requirement | ErrorCode::NotAvailable) {
+                talk.deadline = deadline.min(Instant::now() + Duration::from_millis(100));
+                if let Err(refusal) = talk.step(&mut machine)
+                    && matches!(refusal, Error::Failed { code, .. } if code != ErrorCode::Unreachable)
+                {
+                    return Err(refusal);
+                }
+            }
             return Err(e);
         }
     };

@@ -447,10 +447,12 @@ impl Progress {
         self.sources.remove(&token);
         let Some(talk) = self.incoming.remove(&token).and_then(Incoming::into_talk) else { return };
         let Some(assembled) = talk.assembled else { return };
-        // First of all, so that nothing anybody sends to the new peer comes before it.
-        let welcomed = talk.conn.send(&Message::Welcome);
+        // In the queue before anybody can send to the new peer, on its way once the peer is entered: who has been
+        // welcomed is known here.
+        let welcomed = talk.conn.hold(&Message::Welcome);
         let peer = PeerInner::new(&self.inner, *assembled, None, talk.conn);
         if welcomed.is_ok() && self.inner.enter(&peer).is_ok() {
+            peer.conn.flush();
             self.peer_up(&peer, talk.decoder);
         } else {
             links::close_paths(&peer.paths);

@@ -164,7 +164,8 @@ impl SideChannel {
                         arrived.insert(u64::from_le_bytes(word), fd);
                     }
                 }
-                Err(Errno::INTR) => {}
+                // A far end that closed with packets unread reports that first; what it sent is still there.
+                Err(Errno::INTR | Errno::CONNRESET) => {}
                 Err(Errno::AGAIN) => return true,
                 Ok(None) | Err(_) => return false,
             }

@@ -8,6 +8,7 @@ use super::peer::PeerInner;
 use super::reactor::{Command, Reactor};
 use super::region::RegionInner;
 use super::side::{SideChannel, SideListener};
+use super::transfer::EndEvent;
 use super::{Access, TransportStatus};
 use crate::config::AgentConfig;
 use crate::metrics::SharedMetrics;
@@ -20,6 +21,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::task::Waker;
 use std::time::Instant;
 
 pub(crate) type Session = [u8; SESSION_LEN];
@@ -78,6 +80,8 @@ pub(crate) struct Inner {
     pub(crate) closed: AtomicBool,
     pub(crate) ended: Mutex<Option<Result<()>>>,
     pub(crate) end: Condvar,
+    /// Wakes the event descriptor at a transfer's end.
+    pub(crate) end_event: Waker,
     next_id: AtomicU64,
 }
 
@@ -111,6 +115,7 @@ impl Inner {
             listeners: p.listeners,
             side: p.side,
             reactor: p.reactor,
+            end_event: Arc::new(EndEvent(p.inbox.clone())).into(),
             inbox: p.inbox,
             metrics: p.metrics,
             exports: RwLock::default(),

@@ -1,5 +1,6 @@
 //! Transfers: checking them, submitting them, waiting for them, ending them.
 
+use super::inbox::Inbox;
 use super::links::Path;
 use super::peer::{PeerInner, check_notification, release};
 use super::region::{RegionInner, RemoteInner};
@@ -54,11 +55,14 @@ impl Completion {
 
 /// Signals the agent's event descriptor. A waker and no hook: hooks run before the end is visible, and whoever is woken by the
 /// descriptor, clears it and looks, must find the transfer finished.
-struct EndEvent(Arc<Inner>);
+pub(crate) struct EndEvent(pub(crate) Arc<Inbox>);
 
 impl std::task::Wake for EndEvent {
     fn wake(self: Arc<Self>) {
-        self.0.inbox.transfer_ended();
+        self.0.transfer_ended();
+    }
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.transfer_ended();
     }
 }
 
@@ -138,7 +142,7 @@ pub(crate) fn submit(
         notify: options.notify,
     };
     tracker.on_finish(move |t| completion.run(t));
-    tracker.register(&Arc::new(EndEvent(agent.clone())).into());
+    tracker.register(&agent.end_event);
     let integrity = options.integrity.or(agent.config.integrity).unwrap_or(path.caps.default_integrity);
     tracing::trace!(peer = %peer.inner.info.name, transfer = %id, transport = %path.candidate.kind, bytes = total, "submit");
     path.link.submit(Job {

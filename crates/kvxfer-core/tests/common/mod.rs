@@ -1,6 +1,8 @@
 //! What the agent tests share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod child;
+
 use kvxfer_core::{Agent, AgentBuilder, ErrorCode, Peer, TransportKind};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
