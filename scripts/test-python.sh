@@ -38,7 +38,7 @@ if [ -f "$e2e/.complete" ]; then
   echo "test-python: the LMCache channel against $("$e2e/bin/python" -c 'from importlib.metadata import version; print("LMCache", version("lmcache"))')"
   "$e2e/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$build/e2e" "$wheel"
   PYTHONPATH=$build/e2e LMCACHE_TRACK_USAGE=false PYTHONHASHSEED=0 \
-    "$e2e/bin/python" -m pytest -c "$root/ffi/python/pyproject.toml" -p no:cacheprovider "$root/ffi/python/tests/with_lmcache" "$@"
+    "$e2e/bin/python" -m pytest -c "$root/ffi/python/pyproject.toml" -p no:cacheprovider "$root/ffi/python/tests/with_lmcache" "$@" || [ $? -eq 5 ] # 5: none of the tests asked for is here
 else
   echo "SKIPPED: tests of the LMCache channel: no LMCache in $e2e; \`make demo-vllm\` or examples/vllm_cpu/install.sh brings it"
 fi

@@ -19,9 +19,10 @@ import signal
 import sys
 import time
 
-import channel_bench
 import httpx
 import torch
+
+import channel_bench
 from stack import MODEL_NAME, Stack, home
 
 PROMPT_TOKENS = [100, 256, 257, 1000, 3000, 5000]

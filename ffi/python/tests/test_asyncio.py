@@ -4,9 +4,9 @@ import asyncio
 import threading
 
 import pytest
-from other_process import REGION_BYTES, pattern
 
 import kvxfer
+from other_process import REGION_BYTES, pattern
 
 DEADLINE_S = 30
 

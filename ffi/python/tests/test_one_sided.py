@@ -6,9 +6,9 @@ import mmap
 import pickle
 
 import pytest
-from other_process import REGION_BYTES, pattern
 
 import kvxfer
+from other_process import REGION_BYTES, pattern
 
 WAIT_S = 20
 

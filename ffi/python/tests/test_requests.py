@@ -3,9 +3,9 @@
 import asyncio
 
 import pytest
-from other_process import pattern
 
 import kvxfer
+from other_process import pattern
 
 WAIT_S = 20
 PAGE = 64 << 10

@@ -12,9 +12,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import far_side
-from far_side import CHUNK, PAGE_BYTES, PAGES, chunk_of, content, fill, key
-
 import kvxfer
+from far_side import CHUNK, PAGE_BYTES, PAGES, chunk_of, content, fill, key
 from kvxfer import lmcache_channel
 
 DEADLINE_S = 60
@@ -58,16 +57,25 @@ class Far:
             self.kill()
 
 
-@pytest.fixture
-def url():
-    return f"127.0.0.1:{free_port()}"
-
-
-@pytest.fixture
-def far(url):
+@pytest.fixture(scope="module")
+def far():
+    """One process for all tests that leave it alive: importing LMCache takes seconds."""
+    url = f"127.0.0.1:{free_port()}"
     far = Far("channel", url, "127.0.0.1:1234")
+    far.url = url
     yield far
     far.stop()
+
+
+@pytest.fixture
+def url(far):
+    return far.url
+
+
+@pytest.fixture
+def own_url():
+    """An address for a process of the test's own."""
+    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.fixture
@@ -221,19 +229,19 @@ def test_a_receiver_that_is_not_there(near, monkeypatch):
         near.lazy_init_peer_connection("me", "them", f"127.0.0.1:{free_port()}")
 
 
-def test_a_receiver_that_comes_later_does_not_end_an_async_engine(memory, monkeypatch, url):
+def test_a_receiver_that_comes_later_does_not_end_an_async_engine(memory, monkeypatch, own_url):
     monkeypatch.setattr(lmcache_channel, "_CONNECT_S", 0.5)
     spec = {"receiver_id": "them", "remote_indexes": [2]}
 
     async def main():
         near = far_side.channel(memory, role="sender", loop=asyncio.get_running_loop())
         try:
-            assert await near.async_lazy_init_peer_connection("me", "them", url) is None
+            assert await near.async_lazy_init_peer_connection("me", "them", own_url) is None
             memory_object = chunk_of(memory)
             fill(memory_object, 4)
             with pytest.raises(kvxfer.Unreachable):
                 await near.async_batched_write([memory_object], spec)
-            far = await asyncio.get_running_loop().run_in_executor(None, Far, "channel", url, None)
+            far = await asyncio.get_running_loop().run_in_executor(None, Far, "channel", own_url, None)
             try:
                 assert await near.async_batched_write([memory_object], spec) == 1
                 assert far.ask("bytes", 2, PAGE_BYTES) == expected(4)
@@ -245,8 +253,9 @@ def test_a_receiver_that_comes_later_does_not_end_an_async_engine(memory, monkey
     asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
 
 
-def test_a_restarted_receiver_is_reached_without_a_new_handshake(far, near, memory, url):
-    near.lazy_init_peer_connection("me", "them", url)
+def test_a_restarted_receiver_is_reached_without_a_new_handshake(near, memory, own_url):
+    far = Far("channel", own_url, None)
+    near.lazy_init_peer_connection("me", "them", own_url)
     memory_object = chunk_of(memory)
     fill(memory_object, 1)
     spec = {"receiver_id": "them", "remote_indexes": [1]}
@@ -255,7 +264,7 @@ def test_a_restarted_receiver_is_reached_without_a_new_handshake(far, near, memo
     with pytest.raises(kvxfer.KvxferError):
         for _ in range(1000):
             near.batched_write([memory_object], spec)
-    successor = Far("channel", url, None)
+    successor = Far("channel", own_url, None)
     try:
         assert near.batched_write([memory_object], spec) == 1
         assert successor.ask("bytes", 1, PAGE_BYTES) == expected(1)
@@ -276,17 +285,17 @@ def test_closing_twice_and_using_it_afterwards(far, memory, url):
     again.close()
 
 
-def test_a_key_in_the_environment_is_asked_for(memory, monkeypatch, url):
+def test_a_key_in_the_environment_is_asked_for(memory, monkeypatch, own_url):
     monkeypatch.setenv("KVXFER_AUTH_KEY", "the key")
-    far = Far("channel", url, None)
+    far = Far("channel", own_url, None)
     try:
         friend = far_side.channel(memory, role="sender")
-        friend.lazy_init_peer_connection("me", "them", url)
+        friend.lazy_init_peer_connection("me", "them", own_url)
         friend.close()
         monkeypatch.delenv("KVXFER_AUTH_KEY")
         stranger = far_side.channel(memory, role="sender")
         with pytest.raises(kvxfer.Unauthenticated):
-            stranger.lazy_init_peer_connection("me", "them", url)
+            stranger.lazy_init_peer_connection("me", "them", own_url)
         stranger.close()
     finally:
         far.stop()
