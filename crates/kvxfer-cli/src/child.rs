@@ -8,6 +8,7 @@ use crate::Failure;
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child as Process, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,7 @@ impl Child {
         let mut process = Command::new(program)
             .args(args)
             .env("KVXFER_PARENT", std::process::id().to_string())
+            .env("KVXFER_LOG", LOG_FILTER.get().map_or("error", String::as_str))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -117,6 +119,9 @@ impl Drop for Child {
         let _ = self.process.wait();
     }
 }
+
+/// What children log, as a filter. By default errors only: a peer that ends is what several of them are there for.
+pub(crate) static LOG_FILTER: OnceLock<String> = OnceLock::new();
 
 /// Marks a line as a message.
 const MARK: &str = "@kvxfer ";

@@ -124,12 +124,17 @@ fn log_to_stderr(verbose: u8) {
         2 => "debug",
         _ => "trace",
     };
-    let (filter, problem) = match std::env::var("KVXFER_LOG") {
-        Ok(text) if !text.is_empty() => match text.parse::<EnvFilter>() {
+    let wanted = std::env::var("KVXFER_LOG").ok().filter(|text| !text.is_empty());
+    if wanted.is_some() || verbose > 0 {
+        // Set once, here; a second value cannot come.
+        let _ = child::LOG_FILTER.set(wanted.clone().unwrap_or_else(|| level.to_owned()));
+    }
+    let (filter, problem) = match wanted {
+        Some(text) => match text.parse::<EnvFilter>() {
             Ok(filter) => (filter, None),
             Err(e) => (EnvFilter::new(level), Some(format!("KVXFER_LOG={text:?}: {e}; using {level:?}"))),
         },
-        _ => (EnvFilter::new(level), None),
+        None => (EnvFilter::new(level), None),
     };
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr())
         && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());

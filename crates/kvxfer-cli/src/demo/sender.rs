@@ -33,6 +33,10 @@ impl SenderSide {
             builder = builder.allow([only]);
         }
         let agent = builder.build()?;
+        let status = agent.transports().into_iter().find(|s| Some(s.kind) == transport);
+        if let Some(reason) = status.and_then(|s| s.reason) {
+            return Err(Failure::new(reason));
+        }
         let config = SenderConfig { geometry: prompt.geometry(), ..SenderConfig::default() };
         let sender = Sender::connect(&agent, address, config, DEADLINE)?;
         let buffer = agent.allocate(prompt.bytes() as usize)?;
