@@ -163,7 +163,7 @@ pub(crate) struct DoctorArgs {
     /// Ports that should be free [default: those of the LMCache guide's decoder and proxy].
     #[arg(long, value_name = "PORTS", value_delimiter = ',', default_value = "7300,7400,7500")]
     pub port: Vec<u16>,
-    /// Upper bound of the time spent measuring, in seconds; 0 measures nothing.
+    /// Time to spend on measuring rates, in seconds for this host and for the peer each; 0 measures nothing.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(0..=600))]
     pub secs: u64,
     /// Print one JSON object instead of text.

@@ -12,7 +12,7 @@ use crate::table::{Paint, Table, Tone, text};
 use crate::{Failure, Verdict};
 use serde::Serialize;
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How a thing stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -59,15 +59,15 @@ impl Check {
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<Verdict, Failure> {
-    let deadline = (args.secs > 0).then(|| Instant::now() + Duration::from_secs(args.secs));
+    let budget = Duration::from_secs(args.secs);
     let machine = Machine::detect();
     let mut checks = system::checks(&machine, &args.port);
     checks.push(cma::check());
     checks.extend(libraries::checks());
     let mut rates = Vec::new();
-    let local = paths::this_host(&mut checks, &mut rates, deadline, &machine);
+    let local = paths::this_host(&mut checks, &mut rates, budget, &machine);
     if let Some(address) = &args.peer {
-        paths::peer(address, &mut checks, &mut rates, deadline);
+        paths::peer(address, &mut checks, &mut rates, budget);
     }
     if let Err(why) = local {
         checks.push(

@@ -29,11 +29,12 @@ pub(super) struct Rate {
 pub(super) fn this_host(
     checks: &mut Vec<Check>,
     rates: &mut Vec<Rate>,
-    deadline: Option<Instant>,
+    budget: Duration,
     machine: &Machine,
 ) -> Result<(), Failure> {
     const AREA: &str = "paths to a process on this host";
-    let bytes = if deadline.is_some() { (2 * machine.l3_bytes).clamp(32 << 20, 256 << 20) } else { PIECE };
+    let bytes =
+        if budget > Duration::ZERO { (2 * machine.l3_bytes).clamp(32 << 20, 256 << 20) } else { PIECE };
     let bytes = bytes.next_multiple_of(PIECE).min((machine.available_bytes / 10).max(PIECE) / PIECE * PIECE);
     let mut session = Session::with_child(bytes)?;
     let here = session.agent.transports();
@@ -48,8 +49,8 @@ pub(super) fn this_host(
         });
     }
     checks.push(chosen(&paths, AREA));
-    if let Some(deadline) = deadline {
-        measure(&mut session, "this host", bytes, rates, deadline);
+    if budget > Duration::ZERO {
+        measure(&mut session, "this host", bytes, rates, budget);
     }
     session.close();
     Ok(())
@@ -102,7 +103,7 @@ fn chosen(paths: &[(TransportKind, String)], area: &'static str) -> Check {
 }
 
 /// Another agent, wherever it runs.
-pub(super) fn peer(address: &str, checks: &mut Vec<Check>, rates: &mut Vec<Rate>, deadline: Option<Instant>) {
+pub(super) fn peer(address: &str, checks: &mut Vec<Check>, rates: &mut Vec<Rate>, budget: Duration) {
     const AREA: &str = "the peer";
     let missing = |why: String, fix: &str| Check::new("peer", AREA, Standing::Missing, why).fix(fix);
     let connected = agents::settings().and_then(|config| {
@@ -141,10 +142,10 @@ pub(super) fn peer(address: &str, checks: &mut Vec<Check>, rates: &mut Vec<Rate>
     if let Err(e) = agent.shutdown(Duration::from_secs(2)) {
         tracing::debug!("shutdown: {e}");
     }
-    match deadline {
-        Some(deadline) if is_server => match Session::with_host(64 << 20, address) {
+    match budget {
+        budget if is_server && budget > Duration::ZERO => match Session::with_host(64 << 20, address) {
             Ok(mut session) => {
-                measure(&mut session, address, 64 << 20, rates, deadline + Duration::from_secs(5));
+                measure(&mut session, address, 64 << 20, rates, budget);
                 session.close();
             }
             Err(why) => checks.push(missing(format!("rates: {why}"), "is another benchmark using the server?")),
@@ -159,9 +160,10 @@ pub(super) fn peer(address: &str, checks: &mut Vec<Check>, rates: &mut Vec<Rate>
 }
 
 /// Each transport in turns with its roofline, as many times as fit.
-fn measure(session: &mut Session, name: &str, bytes: u64, rates: &mut Vec<Rate>, deadline: Instant) {
+fn measure(session: &mut Session, name: &str, bytes: u64, rates: &mut Vec<Rate>, budget: Duration) {
+    let (deadline, before) = (Instant::now() + budget, rates.len());
     for kind in session.kinds() {
-        if Instant::now() >= deadline {
+        if rates.len() > before && Instant::now() >= deadline {
             break;
         }
         match rate(session, kind, bytes, deadline) {
