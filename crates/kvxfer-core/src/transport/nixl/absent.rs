@@ -1,10 +1,10 @@
 //! What remains in a build without the feature `nixl`: the answer that it is not there.
 
 use super::Probe;
-use crate::config::NixlConfig;
-use crate::transport::{Op, Piece};
+use crate::config::{AgentConfig, NixlConfig};
+use crate::transport::{Op, Piece, Transport};
 use crate::{Error, Memory, Result};
-use kvxfer_proto::ErrorCode;
+use kvxfer_proto::{AgentName, Epoch, ErrorCode};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +13,11 @@ fn absent<T>() -> Result<T> {
         ErrorCode::NotAvailable,
         "NIXL not available: built without the feature `nixl`; build with it (needs libclang and g++)",
     ))
+}
+
+/// Always an error in this build.
+pub fn start(_name: &AgentName, _epoch: Epoch, _config: &AgentConfig) -> Result<Arc<dyn Transport>> {
+    absent()
 }
 
 /// Always an error in this build.

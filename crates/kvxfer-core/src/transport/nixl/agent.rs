@@ -71,16 +71,21 @@ pub(super) fn plugins(agent: &Agent) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The argument that limits a call to the given backends; `None` (NIXL's own choice) when there is only one.
+/// The argument that limits a call to the given backends.
 pub(super) fn backend_args(backends: &[Backend]) -> Result<Option<OptArgs>> {
-    if backends.len() < 2 {
-        return Ok(None);
-    }
     let mut args = OptArgs::new().map_err(|e| failed("create_opt_args", &e))?;
     for backend in backends {
         args.add_backend(backend).map_err(|e| failed("opt_args_add_backend", &e))?;
     }
     Ok(Some(args))
+}
+
+/// The argument that limits a call to one backend; `None` when there is no other.
+pub(super) fn only_backend(backends: &[Backend], backend: &Backend) -> Result<Option<OptArgs>> {
+    if backends.len() < 2 {
+        return Ok(None);
+    }
+    backend_args(std::slice::from_ref(backend))
 }
 
 /// An empty list of transfer descriptors.

@@ -4,7 +4,7 @@
 //! timed beyond the deadline of [`Bare::transfer`]. The side that is written to or read from must call
 //! [`Bare::progress`] in a loop while the other side transfers: NIXL moves some messages through its worker.
 
-use super::agent::{backend_args, create_agent, failed, register, xfer_list};
+use super::agent::{create_agent, failed, only_backend, register, xfer_list};
 use crate::config::NixlConfig;
 use crate::transport::{Op, Piece};
 use crate::{Error, Memory, Result};
@@ -66,7 +66,7 @@ impl Bare {
             locals.add_desc((base + piece.local_offset) as usize, piece.len as usize, 0);
             remotes.add_desc((remote_address + piece.remote_offset) as usize, piece.len as usize, 0);
         }
-        let args = backend_args(&self.backends)?;
+        let args = only_backend(&self.backends, &self.backends[0])?;
         let direction = match op {
             Op::Write => XferOp::Write,
             Op::Read => XferOp::Read,

@@ -67,6 +67,11 @@ pub fn load(config: &NixlConfig) -> Result<Library> {
     Ok(library)
 }
 
+/// The functions a library must have to be used.
+pub fn required_functions() -> impl Iterator<Item = &'static str> {
+    symbols::USED.iter().copied()
+}
+
 fn search(config: &NixlConfig) -> Result<Library> {
     if let Some(path) = &config.library {
         // A configured file is used or refused, never replaced by another one.

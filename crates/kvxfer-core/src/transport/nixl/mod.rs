@@ -10,19 +10,35 @@ mod agent;
 #[cfg(feature = "nixl")]
 mod bare;
 #[cfg(feature = "nixl")]
+mod engine;
+#[cfg(feature = "nixl")]
 pub mod find;
+#[cfg(feature = "nixl")]
+mod job;
+#[cfg(feature = "nixl")]
+mod keeper;
+#[cfg(feature = "nixl")]
+mod link;
+#[cfg(feature = "nixl")]
+mod plan;
 #[cfg(feature = "nixl")]
 mod probe;
 #[cfg(feature = "nixl")]
 mod symbols;
+#[cfg(feature = "nixl")]
+mod transport;
+#[cfg(feature = "nixl")]
+mod wire;
 
 #[cfg(not(feature = "nixl"))]
 mod absent;
 
 #[cfg(not(feature = "nixl"))]
-pub use absent::{Bare, probe};
+pub use absent::{Bare, probe, start};
 #[cfg(feature = "nixl")]
 pub use bare::Bare;
 #[cfg(feature = "nixl")]
 pub use probe::probe;
 pub use report::{BackendProbe, Probe};
+#[cfg(feature = "nixl")]
+pub use transport::{NixlTransport, start};

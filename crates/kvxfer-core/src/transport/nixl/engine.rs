@@ -1,0 +1,602 @@
+//! The NIXL agent of one kvxfer agent, and everything that may only be done by one thread at a time.
+//!
+//! NIXL runs without its progress thread, so something moves only while somebody is inside the library. That is
+//! whoever waits for a transfer ([`Engine::assist`]), else the agent's progress thread ([`Engine::poll`]), else, and for
+//! what *peers* ask of this side, the [`super::keeper`]. They all enter through one lock. It is never held while
+//! trackers are finished, because a tracker's hooks may come back here.
+
+use super::agent::{backend_args, create_agent, failed, register};
+use super::job::{Active, GRACE, Step, Tools};
+use super::link::Remote;
+use super::plan::Descriptor;
+use super::wire::Ticket;
+use crate::config::NixlConfig;
+use crate::{Error, Memory, Result};
+use crossbeam::queue::SegQueue;
+use kvxfer_proto::{ErrorCode, RegionId, TransferId};
+use nixl_sys::{Agent, Backend, MemType, NotificationMap, RegDescList, RegistrationHandle, XferRequest};
+use parking_lot::{Mutex, MutexGuard, RwLock};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest single registration: larger ones are slower on some NICs.
+pub(super) const SLICE: u64 = 7 << 29;
+/// A waiter that found nothing to do within this time goes to sleep and leaves the rest to the progress thread.
+const ASSIST_WAIT: Duration = Duration::from_micros(500);
+/// The progress thread stays away this long after a waiter was seen driving.
+const ASSISTED: Duration = Duration::from_micros(200);
+/// Ended requests kept until a quiet moment.
+const MAX_RETIRED: usize = 64;
+/// Sessions that have greeted but not (yet) been connected to.
+const MAX_STRANGERS: usize = 1024;
+/// Asks the peer for an answer; the session follows.
+const HELLO: &[u8] = b"kvxfer?";
+/// The answer; the session follows.
+const ANSWER: &[u8] = b"kvxfer!";
+
+pub(super) type Session = [u8; 16];
+
+/// Shared by the transport, its links and its keeper.
+pub(super) struct Engine {
+    /// Name of the NIXL agent: unique among all agents that may meet.
+    pub(super) name: String,
+    state: Mutex<Option<State>>,
+    /// Regions that are registered, readable without waiting for a driver.
+    known: RwLock<HashMap<RegionId, Arc<[u8]>>>,
+    /// Submitted and not yet seen by a driver.
+    inbox: SegQueue<Active>,
+    /// Jobs not finished.
+    jobs: AtomicUsize,
+    links: AtomicUsize,
+    closing: AtomicBool,
+    origin: Instant,
+    /// Nanoseconds after `origin` at which a waiter, or anybody, last drove.
+    assisted: AtomicU64,
+    driven: AtomicU64,
+}
+
+/// What the lock guards. Fields are dropped in this order: requests, then registrations, then their memory, then NIXL.
+struct State {
+    active: Vec<Active>,
+    retired: Vec<XferRequest>,
+    ranges: HashMap<(usize, usize), Range>,
+    regions: HashMap<RegionId, (usize, usize)>,
+    /// Memory of transfers whose connection was given up: NIXL may still look at it.
+    limbo: Vec<Arc<Memory>>,
+    greetings: HashMap<Session, Greeting>,
+    scratch: Vec<Descriptor>,
+    backends: Vec<Backend>,
+    agent: Agent,
+}
+
+/// Registered memory; equal ranges of several regions share it, because NIXL tells registrations apart by range only.
+struct Range {
+    handles: Vec<RegistrationHandle>,
+    _memory: Arc<Memory>,
+    users: usize,
+}
+
+#[derive(Default)]
+struct Greeting {
+    /// NIXL name of the peer, once this side has its metadata.
+    connected: Option<String>,
+    /// The peer said hello, and whether it has its answer.
+    heard: bool,
+    replied: bool,
+    /// The peer answered ours.
+    answered: bool,
+}
+
+impl Engine {
+    pub(super) fn new(name: String, config: &NixlConfig) -> Result<Arc<Self>> {
+        let (agent, backends) = create_agent(&name, config)?;
+        let state = State {
+            active: Vec::new(),
+            retired: Vec::new(),
+            ranges: HashMap::new(),
+            regions: HashMap::new(),
+            limbo: Vec::new(),
+            greetings: HashMap::new(),
+            scratch: Vec::new(),
+            backends,
+            agent,
+        };
+        Ok(Arc::new(Self {
+            name,
+            state: Mutex::new(Some(state)),
+            known: RwLock::default(),
+            inbox: SegQueue::new(),
+            jobs: AtomicUsize::new(0),
+            links: AtomicUsize::new(0),
+            closing: AtomicBool::new(false),
+            origin: Instant::now(),
+            assisted: AtomicU64::new(0),
+            driven: AtomicU64::new(0),
+        }))
+    }
+
+    // ---- memory ----
+
+    /// Registers a region's memory; once is enough.
+    pub(super) fn register(&self, region: RegionId, memory: &Arc<Memory>) -> Result<()> {
+        self.with(|state| {
+            if state.regions.contains_key(&region) {
+                return Ok(());
+            }
+            let key = (memory.as_ptr() as usize, memory.len());
+            if !state.ranges.contains_key(&key) {
+                let mut handles = Vec::new();
+                for (address, len) in slices(key) {
+                    handles.push(register(&state.agent, &state.backends, address, len, MemType::Dram, 0)?);
+                }
+                state.ranges.insert(key, Range { handles, _memory: Arc::clone(memory), users: 0 });
+            }
+            let ticket = state.ticket(&self.name, key);
+            let range = state
+                .ranges
+                .get_mut(&key)
+                .ok_or_else(|| Error::NotFound { what: "nixl registration", name: format!("{key:?}") })?;
+            match ticket {
+                Ok(ticket) => {
+                    range.users += 1;
+                    state.regions.insert(region, key);
+                    self.known.write().insert(region, ticket.into());
+                    Ok(())
+                }
+                Err(e) => {
+                    if range.users == 0 {
+                        state.ranges.remove(&key);
+                    }
+                    Err(e)
+                }
+            }
+        })
+    }
+
+    /// The bytes of a registered region's ticket.
+    pub(super) fn ticket(&self, region: RegionId) -> Option<Arc<[u8]>> {
+        self.known.read().get(&region).cloned()
+    }
+
+    pub(super) fn is_registered(&self, region: RegionId) -> bool {
+        self.known.read().contains_key(&region)
+    }
+
+    pub(super) fn deregister(&self, region: RegionId) {
+        self.known.write().remove(&region);
+        let mut guard = self.state.lock();
+        let Some(state) = guard.as_mut() else { return };
+        let Some(key) = state.regions.remove(&region) else { return };
+        let Some(range) = state.ranges.get_mut(&key) else { return };
+        range.users -= 1;
+        if range.users == 0 {
+            // Ended requests may refer to it.
+            state.retired.clear();
+            if let Some(range) = state.ranges.remove(&key) {
+                // The registration goes before the memory.
+                drop(range.handles);
+            }
+        }
+    }
+
+    // ---- peers ----
+
+    /// What a peer needs to connect: how to reach the backends, no memory.
+    pub(super) fn connection_metadata(&self) -> Result<Vec<u8>> {
+        self.with(|state| {
+            let none = RegDescList::new(MemType::Dram).map_err(|e| failed("create_reg_dlist", &e))?;
+            state.agent.get_local_partial_md(&none, None).map_err(|e| failed("get_local_partial_md", &e))
+        })
+    }
+
+    /// Loads a peer's metadata, which must be that of `name`.
+    pub(super) fn load(&self, name: &str, metadata: &[u8]) -> Result<()> {
+        self.with(|state| state.load(name, metadata))
+    }
+
+    /// Forgets all of a peer's metadata, closing its connection, and loads the given ones instead.
+    pub(super) fn reload<'a>(&self, name: &str, metadata: impl IntoIterator<Item = &'a [u8]>) -> Result<()> {
+        self.with(|state| {
+            state.forget(name);
+            metadata.into_iter().try_for_each(|m| state.load(name, m))
+        })
+    }
+
+    /// Says hello to a peer whose metadata is loaded and waits for its answer: UCX connects in both directions only
+    /// while both sides drive it, and later transfers find the connection ready.
+    pub(super) fn greet(&self, name: &str, session: Session, deadline: Instant) -> Result<bool> {
+        let hello = [HELLO, &session].concat();
+        self.with(|state| {
+            let greeting = state.greetings.entry(session).or_default();
+            *greeting =
+                Greeting { connected: Some(name.to_owned()), heard: greeting.heard, ..Greeting::default() };
+            state.agent.send_notification(name, &hello, None).map_err(|e| failed("gen_notif", &e))
+        })?;
+        let start = Instant::now();
+        loop {
+            let done = self.with(|state| {
+                state.progress();
+                Ok(state.greetings.get(&session).is_some_and(|g| g.answered))
+            })?;
+            let now = Instant::now();
+            if done || now >= deadline {
+                return Ok(done);
+            }
+            if now - start < Duration::from_micros(500) {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+    }
+
+    /// Drops a peer: its session, its metadata and the connection.
+    pub(super) fn disconnect(&self, name: &str, session: &Session) {
+        let mut guard = self.state.lock();
+        if let Some(state) = guard.as_mut() {
+            state.greetings.remove(session);
+            state.forget(name);
+        }
+    }
+
+    // ---- jobs ----
+
+    /// Takes a job. When `at_once`, and nobody is driving, its first request is posted before this returns.
+    pub(super) fn submit(&self, mut active: Active, at_once: bool) {
+        self.jobs.fetch_add(1, Ordering::AcqRel);
+        active.remote.job_begins();
+        if at_once
+            && let Some(mut guard) = self.state.try_lock()
+            && let Some(state) = guard.as_mut()
+        {
+            if state.step(&mut active, self.is_closing()) == Step::Ended {
+                state.after(&active);
+                drop(guard);
+                self.finish(&active);
+            } else {
+                state.active.push(active);
+            }
+            return;
+        }
+        self.inbox.push(active);
+        if self.is_closing() {
+            // Shutdown may have looked into the inbox for the last time.
+            self.abandon();
+        }
+    }
+
+    /// Lends the calling thread to a job: true when it is worth asking again.
+    pub(super) fn assist(&self, transfer: TransferId) -> bool {
+        let Some(mut guard) = self.state.try_lock() else { return false };
+        let Some(state) = guard.as_mut() else { return false };
+        let now = self.now();
+        self.assisted.store(now, Ordering::Relaxed);
+        self.driven.store(now, Ordering::Relaxed);
+        state.collect(&self.inbox);
+        let Some(index) = state.active.iter().position(|a| a.job.transfer == transfer) else { return false };
+        let mut active = state.active.remove(index);
+        match state.step(&mut active, self.is_closing()) {
+            Step::Ended => {
+                let severed = state.after(&active);
+                let others = if severed { state.drive(self.is_closing()) } else { Vec::new() };
+                drop(guard);
+                self.finish(&active);
+                self.finish_all(&others);
+                true
+            }
+            step => {
+                let again = step == Step::Moved || active.waits() < ASSIST_WAIT;
+                state.active.insert(index, active);
+                again
+            }
+        }
+    }
+
+    /// Drives every job one turn; true while jobs are under way.
+    pub(super) fn poll(&self) -> bool {
+        if self.jobs.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let since = self.now().saturating_sub(self.assisted.load(Ordering::Relaxed));
+        if Duration::from_nanos(since) < ASSISTED {
+            // Two threads that take turns at one lock are slower than one.
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        self.drive();
+        self.jobs.load(Ordering::Acquire) > 0
+    }
+
+    /// For the keeper: serves peers, and drives jobs that nobody else has driven for a moment. True when something happened.
+    pub(super) fn keep(&self) -> bool {
+        let idle = Duration::from_nanos(self.now().saturating_sub(self.driven.load(Ordering::Relaxed)));
+        if idle < Duration::from_millis(1) {
+            // A driver serves peers as well: all of it goes through the same worker.
+            return true;
+        }
+        if self.jobs.load(Ordering::Acquire) > 0 {
+            self.drive();
+            return true;
+        }
+        let Some(mut guard) = self.state.try_lock() else { return true };
+        let Some(state) = guard.as_mut() else { return false };
+        state.retired.clear();
+        state.progress()
+    }
+
+    /// Drives until none of the peer's jobs is left or `deadline` has passed.
+    pub(super) fn settle(&self, remote: &Remote, deadline: Instant) {
+        while remote.jobs() > 0 && Instant::now() < deadline {
+            if !self.drive() {
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+    }
+
+    /// Ends every job and takes NIXL's agent down.
+    pub(super) fn shutdown(&self) {
+        self.closing.store(true, Ordering::Release);
+        let deadline = Instant::now() + GRACE + Duration::from_millis(500);
+        while self.jobs.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            if !self.drive() {
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        }
+        self.known.write().clear();
+        let state = self.state.lock().take();
+        // Requests that did not end go down with the agent: after that nothing moves any more.
+        let left = state.map(State::take_down).unwrap_or_default();
+        for job in &left {
+            self.end(job);
+        }
+        self.abandon();
+    }
+
+    /// One turn, if nobody else is at it.
+    pub(super) fn nudge(&self) {
+        self.drive();
+    }
+
+    pub(super) fn link_begins(&self) {
+        self.links.fetch_add(1, Ordering::AcqRel);
+    }
+    pub(super) fn link_ends(&self) {
+        self.links.fetch_sub(1, Ordering::AcqRel);
+    }
+    /// Peers connected, or being connected.
+    pub(super) fn links(&self) -> usize {
+        self.links.load(Ordering::Acquire)
+    }
+
+    /// Jobs under way.
+    pub(super) fn jobs(&self) -> usize {
+        self.jobs.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// True when the NIXL agent is gone.
+    pub(super) fn is_down(&self) -> bool {
+        self.is_closing() && self.state.lock().is_none()
+    }
+
+    fn now(&self) -> u64 {
+        self.origin.elapsed().as_nanos() as u64
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
+        let mut guard: MutexGuard<'_, Option<State>> = self.state.lock();
+        let state = guard.as_mut().ok_or_else(|| {
+            Error::failed(ErrorCode::Closed, "the agent's nixl transport has been shut down")
+        })?;
+        f(state)
+    }
+
+    /// One turn of every job; false when somebody else is at it.
+    fn drive(&self) -> bool {
+        let Some(mut guard) = self.state.try_lock() else { return false };
+        self.driven.store(self.now(), Ordering::Relaxed);
+        let Some(state) = guard.as_mut() else { return false };
+        state.collect(&self.inbox);
+        let ended = state.drive(self.is_closing());
+        if state.retired.len() > MAX_RETIRED {
+            state.retired.clear();
+        }
+        drop(guard);
+        self.finish_all(&ended);
+        !ended.is_empty()
+    }
+
+    /// After [`State::after`], without the lock.
+    fn finish(&self, active: &Active) {
+        active.job.tracker.finish();
+        self.jobs.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn finish_all(&self, ended: &[Active]) {
+        for active in ended {
+            self.finish(active);
+        }
+    }
+
+    /// Ends a job that will not be driven any more.
+    fn end(&self, active: &Active) {
+        active.job.tracker.fail_rest(ErrorCode::Closed, "the agent was shut down");
+        active.remote.job_ends();
+        self.finish(active);
+    }
+
+    fn abandon(&self) {
+        if self.state.lock().is_none() {
+            while let Some(active) = self.inbox.pop() {
+                self.end(&active);
+            }
+        }
+    }
+}
+
+/// The registrations a range of memory is cut into: address and length of each.
+fn slices((address, len): (usize, usize)) -> impl Iterator<Item = (usize, usize)> {
+    (0..len).step_by(SLICE as usize).map(move |at| (address + at, (len - at).min(SLICE as usize)))
+}
+
+impl State {
+    fn collect(&mut self, inbox: &SegQueue<Active>) {
+        while let Some(active) = inbox.pop() {
+            self.active.push(active);
+        }
+    }
+
+    fn step(&mut self, active: &mut Active, closing: bool) -> Step {
+        active.step(&mut Tools {
+            agent: &self.agent,
+            backends: &self.backends,
+            retired: &mut self.retired,
+            scratch: &mut self.scratch,
+            closing,
+        })
+    }
+
+    /// One turn of every job. The ended ones are returned, to be finished without the lock.
+    fn drive(&mut self, closing: bool) -> Vec<Active> {
+        let mut ended = Vec::new();
+        let mut severed = false;
+        let mut at = 0;
+        while at < self.active.len() {
+            let mut active = self.active.remove(at);
+            if self.step(&mut active, closing) == Step::Ended {
+                severed |= self.after(&active);
+                ended.push(active);
+            } else {
+                severed |= active.remote.severed();
+                self.active.insert(at, active);
+                at += 1;
+            }
+        }
+        if severed {
+            // What else runs over the same connection ends with it, before any of it is reported as finished.
+            let mut dropped = false;
+            for active in &mut self.active {
+                if active.drop_severed() {
+                    dropped = true;
+                    self.limbo.push(Arc::clone(&active.job.local));
+                }
+            }
+            if dropped || self.active.iter().any(|a| a.remote.severed()) {
+                ended.extend(self.drive(closing));
+            }
+        }
+        ended
+    }
+
+    /// Bookkeeping of a job that has ended; true when its connection has been given up.
+    fn after(&mut self, active: &Active) -> bool {
+        let last = active.remote.job_ends();
+        let severed = active.remote.severed();
+        if severed {
+            self.limbo.push(Arc::clone(&active.job.local));
+        }
+        if last && (severed || active.remote.closed()) {
+            self.greetings.remove(&active.remote.session);
+            self.forget(&active.remote.nixl_name);
+        }
+        severed && !last
+    }
+
+    fn load(&mut self, name: &str, metadata: &[u8]) -> Result<()> {
+        let loaded = self.agent.load_remote_md(metadata).map_err(|e| failed("load_remote_md", &e))?;
+        if loaded == name {
+            return Ok(());
+        }
+        self.forget(&loaded);
+        Err(Error::failed(
+            ErrorCode::Protocol,
+            format!("the peer's nixl metadata speaks for {loaded:?}, the peer is {name:?}"),
+        ))
+    }
+
+    fn forget(&mut self, name: &str) {
+        self.retired.clear();
+        // An error means that NIXL did not know it (any more).
+        let _ = self.agent.invalidate_remote_md(name);
+    }
+
+    fn ticket(&self, name: &str, key: (usize, usize)) -> Result<Vec<u8>> {
+        let mut list = RegDescList::new(MemType::Dram).map_err(|e| failed("create_reg_dlist", &e))?;
+        for (address, len) in slices(key) {
+            list.add_desc(address, len, 0);
+        }
+        let args = backend_args(&self.backends)?;
+        let metadata = self
+            .agent
+            .get_local_partial_md(&list, args.as_ref())
+            .map_err(|e| failed("get_local_partial_md", &e))?;
+        let ticket = Ticket {
+            name: name.to_owned(),
+            kind: MemType::Dram,
+            device: 0,
+            address: key.0 as u64,
+            len: key.1 as u64,
+            slice: SLICE,
+            metadata,
+        };
+        Ok(ticket.encode())
+    }
+
+    /// Lets NIXL do what peers asked for and answers their greetings. True when it looks as if something happened.
+    fn progress(&mut self) -> bool {
+        let start = Instant::now();
+        let Ok(mut map) = NotificationMap::new() else { return false };
+        if self.agent.get_notifications(&mut map, None).is_err() {
+            return false;
+        }
+        // The library does not say whether it did anything; an idle look takes less than this.
+        let busy = start.elapsed() > Duration::from_micros(5);
+        if map.is_empty().unwrap_or(true) {
+            return self.answer() || busy;
+        }
+        let names: Vec<String> = map.agents().flatten().map(str::to_owned).collect();
+        for name in names {
+            for index in 0..map.get_notifications_size(&name).unwrap_or(0) {
+                if let Ok(message) = map.get_notification_bytes(&name, index) {
+                    self.heard(&message);
+                }
+            }
+        }
+        self.answer();
+        true
+    }
+
+    /// Answers the peers that have greeted and that this side can reach by now.
+    fn answer(&mut self) -> bool {
+        let mut any = false;
+        for (session, greeting) in self.greetings.iter_mut().filter(|(_, g)| g.heard && !g.replied) {
+            if let Some(name) = &greeting.connected {
+                let answer = [ANSWER, session].concat();
+                greeting.replied = self.agent.send_notification(name, &answer, None).is_ok();
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Releases what is left and destroys the agent; the jobs are returned, to be ended without the lock.
+    fn take_down(mut self) -> Vec<Active> {
+        self.active.iter_mut().for_each(Active::release);
+        std::mem::take(&mut self.active)
+    }
+
+    fn heard(&mut self, message: &[u8]) {
+        let session = |prefix| message.strip_prefix(prefix).and_then(|s| Session::try_from(s).ok());
+        if let Some(session) = session(HELLO) {
+            if self.greetings.len() < MAX_STRANGERS || self.greetings.contains_key(&session) {
+                self.greetings.entry(session).or_default().heard = true;
+            }
+        } else if let Some(greeting) = session(ANSWER).and_then(|s| self.greetings.get_mut(&s)) {
+            greeting.answered = true;
+        }
+    }
+}
