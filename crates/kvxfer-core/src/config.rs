@@ -95,6 +95,9 @@ pub struct NixlConfig {
     pub library: Option<PathBuf>,
     /// Folder of NIXL's plug-ins; default: beside the library, or `NIXL_PLUGIN_DIR`.
     pub plugin_dir: Option<PathBuf>,
+    /// Offer NIXL to peers on the same host as well. By default it is for other hosts, and for those that name it in
+    /// [`TransportPolicy::allow`]; where it is not needed it is not even loaded.
+    pub same_host: bool,
     /// Backends to create, the first that can carry a transfer is used.
     pub backends: Vec<String>,
     /// Parameters of each backend, by its name, as its plug-in documents them: `UCX: {num_workers: "2"}`.
@@ -135,6 +138,7 @@ impl Default for NixlConfig {
         Self {
             library: None,
             plugin_dir: None,
+            same_host: false,
             backends: vec!["UCX".into()],
             params: std::collections::BTreeMap::new(),
         }
@@ -311,6 +315,13 @@ impl AgentConfig {
         if let Some(v) = get("KVXFER_NIXL_LIBRARY") {
             self.nixl.library = Some(v.into());
         }
+        if let Some(v) = get("KVXFER_NIXL_SAME_HOST") {
+            self.nixl.same_host = match v.as_str() {
+                "1" | "true" | "yes" => true,
+                "0" | "false" | "no" => false,
+                _ => return Err(bad("KVXFER_NIXL_SAME_HOST", format!("{v:?} is neither 1 nor 0"))),
+            };
+        }
         if let Some(v) = get("KVXFER_NIXL_BACKENDS") {
             self.nixl.backends = list(v);
         }
@@ -469,6 +480,7 @@ mod tests {
             ("KVXFER_FORBID", "warp"),
             ("KVXFER_INTEGRITY", "most"),
             ("KVXFER_COPY_THREADS", "-1"),
+            ("KVXFER_NIXL_SAME_HOST", "perhaps"),
             ("KVXFER_TCP_STREAMS", "many"),
             ("KVXFER_PEER_TIMEOUT", "soon"),
             ("KVXFER_CONFIG", "/nonexistent/kvxfer.yaml"),

@@ -85,7 +85,8 @@ impl AgentBuilder {
         let inbox = Inbox::new().map_err(|e| {
             Error::system("creating eventfds", e, "raise the limit on open files (ulimit -n)")
         })?;
-        let (slots, status) = transports::create(&config, &own);
+        let epoch = identity::new_epoch();
+        let (slots, status) = transports::create(&name, epoch, &config, &own);
         let sockets: Vec<_> = listeners.iter().filter_map(|l| l.socket).collect();
         if !sockets.is_empty() {
             for slot in &slots {
@@ -96,7 +97,7 @@ impl AgentBuilder {
             config,
             key,
             name,
-            epoch: identity::new_epoch(),
+            epoch,
             host,
             slots,
             status,

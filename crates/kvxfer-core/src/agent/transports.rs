@@ -8,15 +8,21 @@ use crate::transport::cma::CmaTransport;
 use crate::transport::fault::FaultTransport;
 use crate::transport::inproc::InprocTransport;
 use crate::transport::mover::Mover;
+use crate::transport::nixl;
 use crate::transport::shm::ShmTransport;
 use crate::transport::tcp::TcpTransport;
 use crate::transport::{Transport, TransportKind};
 use crate::{Error, Result};
-use kvxfer_proto::ErrorCode;
+use kvxfer_proto::{AgentName, Epoch, ErrorCode};
 use std::sync::Arc;
 
 /// Every transport that the policy allows and this machine has; the caller's own take the place of built-in ones.
-pub(crate) fn create(config: &AgentConfig, own: &[Arc<dyn Transport>]) -> (Vec<Slot>, Vec<TransportStatus>) {
+pub(crate) fn create(
+    name: &AgentName,
+    epoch: Epoch,
+    config: &AgentConfig,
+    own: &[Arc<dyn Transport>],
+) -> (Vec<Slot>, Vec<TransportStatus>) {
     let mover = Mover::new(config);
     let mut slots = Vec::new();
     let mut status = Vec::new();
@@ -25,6 +31,7 @@ pub(crate) fn create(config: &AgentConfig, own: &[Arc<dyn Transport>]) -> (Vec<S
             Some(reason) => Err(Error::failed(ErrorCode::NotAvailable, reason)),
             None => match own.iter().find(|t| t.kind() == kind) {
                 Some(transport) => Ok(transport.clone()),
+                None if kind == TransportKind::Nixl => nixl::start(name, epoch, config),
                 None => built_in(config, kind, &mover),
             },
         };

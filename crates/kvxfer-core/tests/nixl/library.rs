@@ -60,10 +60,13 @@ fn absent() {
         let text = refused(&NixlConfig::default());
         assert!(text.contains("searched"), "{text}");
         assert!(text.contains(&empty.path().display().to_string()), "{text}");
-        let config = AgentConfig::default();
+        let mut config = AgentConfig::default();
         let name = AgentName::new("a").expect("a name");
-        let error = NixlTransport::new(&name, Epoch(1), &config).err().expect("refused");
-        assert_eq!(error.code(), ErrorCode::NotAvailable);
+        for asked_for in [false, true] {
+            config.nixl.same_host = asked_for;
+            let error = NixlTransport::new(&name, Epoch(1), &config).err().expect("refused");
+            assert_eq!(error.code(), ErrorCode::NotAvailable);
+        }
         assert_eq!(Bare::new("a", &config.nixl).err().map(|e| e.code()), Some(ErrorCode::NotAvailable));
         assert_eq!(probe(&config.nixl).err().map(|e| e.code()), Some(ErrorCode::NotAvailable));
     });

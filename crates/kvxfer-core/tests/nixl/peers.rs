@@ -104,7 +104,8 @@ fn killed_in_the_middle() {
     const NAME: &str = "peers::killed_in_the_middle";
     in_two_processes(NAME, || {
         let error = ends_after(NAME, false, Other::kill, true);
-        assert_eq!(error, Some(ErrorCode::PeerGone));
+        // The socket may report it before the process has quite ended.
+        assert!(matches!(error, Some(ErrorCode::PeerGone | ErrorCode::Transport)), "{error:?}");
     });
 }
 
@@ -115,7 +116,8 @@ fn killed_in_the_middle_over_sockets() {
         // SAFETY: as in `sockets_underneath`.
         unsafe { std::env::set_var("UCX_TLS", "tcp") };
         let error = ends_after(NAME, true, Other::kill, true);
-        assert_eq!(error, Some(ErrorCode::PeerGone));
+        // The socket may report it before the process has quite ended.
+        assert!(matches!(error, Some(ErrorCode::PeerGone | ErrorCode::Transport)), "{error:?}");
     });
 }
 

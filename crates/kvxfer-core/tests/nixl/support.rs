@@ -98,7 +98,8 @@ pub(crate) const REGION: RegionId = RegionId(1);
 
 impl End {
     pub(crate) fn new(name: &str, len: usize) -> Self {
-        Self::configured(name, len, &AgentConfig::default())
+        let nixl = NixlConfig { same_host: true, ..NixlConfig::default() };
+        Self::configured(name, len, &AgentConfig { nixl, ..AgentConfig::default() })
     }
 
     pub(crate) fn configured(name: &str, len: usize, config: &AgentConfig) -> Self {

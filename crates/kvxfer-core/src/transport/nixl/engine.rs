@@ -6,7 +6,7 @@
 //! trackers are finished, because a tracker's hooks may come back here.
 
 use super::agent::{backend_args, create_agent, failed, register};
-use super::job::{Active, GRACE, Step, Tools};
+use super::job::{Active, GRACE, Prepared, Step, Tools};
 use super::link::Remote;
 use super::plan::Descriptor;
 use super::wire::Ticket;
@@ -25,6 +25,10 @@ use std::time::{Duration, Instant};
 pub(super) const SLICE: u64 = 7 << 29;
 /// A waiter that found nothing to do within this time goes to sleep and leaves the rest to the progress thread.
 const ASSIST_WAIT: Duration = Duration::from_micros(500);
+/// Longest wait of a waiter for the lock; a request over CMA is copied within it.
+const ASSIST_LOCK: Duration = Duration::from_millis(5);
+/// The progress thread has other things to do after this long; one request may take longer.
+const POLL_TURN: Duration = Duration::from_micros(500);
 /// The progress thread stays away this long after a waiter was seen driving.
 const ASSISTED: Duration = Duration::from_micros(200);
 /// Ended requests kept until a quiet moment.
@@ -37,6 +41,17 @@ const HELLO: &[u8] = b"kvxfer?";
 const ANSWER: &[u8] = b"kvxfer!";
 
 pub(super) type Session = [u8; 16];
+
+/// What the keeper found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// Nothing to do.
+    Nothing,
+    /// Something happened.
+    Activity,
+    /// Somebody else drives NIXL.
+    OthersAtWork,
+}
 
 /// Shared by the transport, its links and its keeper.
 pub(super) struct Engine {
@@ -52,6 +67,8 @@ pub(super) struct Engine {
     links: AtomicUsize,
     closing: AtomicBool,
     origin: Instant,
+    /// Threads inside [`Engine::assist`].
+    waiters: AtomicUsize,
     /// Nanoseconds after `origin` at which a waiter, or anybody, last drove.
     assisted: AtomicU64,
     driven: AtomicU64,
@@ -61,6 +78,7 @@ pub(super) struct Engine {
 struct State {
     active: Vec<Active>,
     retired: Vec<XferRequest>,
+    prepared: Prepared,
     ranges: HashMap<(usize, usize), Range>,
     regions: HashMap<RegionId, (usize, usize)>,
     /// Memory of transfers whose connection was given up: NIXL may still look at it.
@@ -95,6 +113,7 @@ impl Engine {
         let state = State {
             active: Vec::new(),
             retired: Vec::new(),
+            prepared: Prepared::default(),
             ranges: HashMap::new(),
             regions: HashMap::new(),
             limbo: Vec::new(),
@@ -111,6 +130,7 @@ impl Engine {
             jobs: AtomicUsize::new(0),
             links: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
+            waiters: AtomicUsize::new(0),
             origin: Instant::now(),
             assisted: AtomicU64::new(0),
             driven: AtomicU64::new(0),
@@ -174,6 +194,7 @@ impl Engine {
         if range.users == 0 {
             // Ended requests may refer to it.
             state.retired.clear();
+            state.prepared.clear();
             if let Some(range) = state.ranges.remove(&key) {
                 // The registration goes before the memory.
                 drop(range.handles);
@@ -269,18 +290,27 @@ impl Engine {
 
     /// Lends the calling thread to a job: true when it is worth asking again.
     pub(super) fn assist(&self, transfer: TransferId) -> bool {
-        let Some(mut guard) = self.state.try_lock() else { return false };
-        let Some(state) = guard.as_mut() else { return false };
+        self.waiters.fetch_add(1, Ordering::AcqRel);
+        let again = self.assist_once(transfer);
+        // A request may have taken milliseconds; the next turn is this thread's as well.
         let now = self.now();
         self.assisted.store(now, Ordering::Relaxed);
         self.driven.store(now, Ordering::Relaxed);
+        self.waiters.fetch_sub(1, Ordering::AcqRel);
+        again
+    }
+
+    fn assist_once(&self, transfer: TransferId) -> bool {
+        // Whoever is inside does work that this thread waits for as well, if only by its turn.
+        let Some(mut guard) = self.state.try_lock_for(ASSIST_LOCK) else { return true };
+        let Some(state) = guard.as_mut() else { return false };
         state.collect(&self.inbox);
         let Some(index) = state.active.iter().position(|a| a.job.transfer == transfer) else { return false };
         let mut active = state.active.remove(index);
         match state.step(&mut active, self.is_closing()) {
             Step::Ended => {
                 let severed = state.after(&active);
-                let others = if severed { state.drive(self.is_closing()) } else { Vec::new() };
+                let others = if severed { state.drive(self.is_closing()).0 } else { Vec::new() };
                 drop(guard);
                 self.finish(&active);
                 self.finish_all(&others);
@@ -294,35 +324,35 @@ impl Engine {
         }
     }
 
-    /// Drives every job one turn; true while jobs are under way.
+    /// Drives every job while something moves, for a moment at most; true while jobs are under way.
     pub(super) fn poll(&self) -> bool {
-        if self.jobs.load(Ordering::Acquire) == 0 {
+        if self.jobs() == 0 {
             return false;
         }
-        let since = self.now().saturating_sub(self.assisted.load(Ordering::Relaxed));
-        if Duration::from_nanos(since) < ASSISTED {
+        let since = Duration::from_nanos(self.now().saturating_sub(self.assisted.load(Ordering::Relaxed)));
+        if self.waiters.load(Ordering::Acquire) > 0 || since < ASSISTED {
             // Two threads that take turns at one lock are slower than one.
-            std::thread::sleep(Duration::from_micros(50));
+            return true;
         }
-        self.drive();
-        self.jobs.load(Ordering::Acquire) > 0
+        let start = Instant::now();
+        while self.drive() && self.jobs() > 0 && start.elapsed() < POLL_TURN {}
+        self.jobs() > 0
     }
 
-    /// For the keeper: serves peers, and drives jobs that nobody else has driven for a moment. True when something happened.
-    pub(super) fn keep(&self) -> bool {
+    /// For the keeper: serves peers, and drives jobs that nobody else has driven for a moment.
+    pub(super) fn keep(&self) -> Seen {
         let idle = Duration::from_nanos(self.now().saturating_sub(self.driven.load(Ordering::Relaxed)));
         if idle < Duration::from_millis(1) {
             // A driver serves peers as well: all of it goes through the same worker.
-            return true;
+            return Seen::OthersAtWork;
         }
-        if self.jobs.load(Ordering::Acquire) > 0 {
-            self.drive();
-            return true;
+        if self.jobs() > 0 {
+            return if self.drive() { Seen::Activity } else { Seen::OthersAtWork };
         }
-        let Some(mut guard) = self.state.try_lock() else { return true };
-        let Some(state) = guard.as_mut() else { return false };
+        let Some(mut guard) = self.state.try_lock() else { return Seen::OthersAtWork };
+        let Some(state) = guard.as_mut() else { return Seen::Nothing };
         state.retired.clear();
-        state.progress()
+        if state.progress() { Seen::Activity } else { Seen::Nothing }
     }
 
     /// Drives until none of the peer's jobs is left or `deadline` has passed.
@@ -395,19 +425,19 @@ impl Engine {
         f(state)
     }
 
-    /// One turn of every job; false when somebody else is at it.
+    /// One turn of every job; false when nothing moved, or somebody else is at it.
     fn drive(&self) -> bool {
         let Some(mut guard) = self.state.try_lock() else { return false };
         self.driven.store(self.now(), Ordering::Relaxed);
         let Some(state) = guard.as_mut() else { return false };
         state.collect(&self.inbox);
-        let ended = state.drive(self.is_closing());
+        let (ended, moved) = state.drive(self.is_closing());
         if state.retired.len() > MAX_RETIRED {
             state.retired.clear();
         }
         drop(guard);
         self.finish_all(&ended);
-        !ended.is_empty()
+        moved
     }
 
     /// After [`State::after`], without the lock.
@@ -455,19 +485,23 @@ impl State {
             agent: &self.agent,
             backends: &self.backends,
             retired: &mut self.retired,
+            prepared: &mut self.prepared,
             scratch: &mut self.scratch,
             closing,
         })
     }
 
-    /// One turn of every job. The ended ones are returned, to be finished without the lock.
-    fn drive(&mut self, closing: bool) -> Vec<Active> {
+    /// One turn of every job: the ended ones, to be finished without the lock, and whether anything moved.
+    fn drive(&mut self, closing: bool) -> (Vec<Active>, bool) {
         let mut ended = Vec::new();
+        let mut moved = false;
         let mut severed = false;
         let mut at = 0;
         while at < self.active.len() {
             let mut active = self.active.remove(at);
-            if self.step(&mut active, closing) == Step::Ended {
+            let step = self.step(&mut active, closing);
+            moved |= step != Step::Waiting;
+            if step == Step::Ended {
                 severed |= self.after(&active);
                 ended.push(active);
             } else {
@@ -486,10 +520,10 @@ impl State {
                 }
             }
             if dropped || self.active.iter().any(|a| a.remote.severed()) {
-                ended.extend(self.drive(closing));
+                ended.extend(self.drive(closing).0);
             }
         }
-        ended
+        (ended, moved)
     }
 
     /// Bookkeeping of a job that has ended; true when its connection has been given up.
@@ -520,6 +554,7 @@ impl State {
 
     fn forget(&mut self, name: &str) {
         self.retired.clear();
+        self.prepared.clear();
         // An error means that NIXL did not know it (any more).
         let _ = self.agent.invalidate_remote_md(name);
     }
@@ -593,7 +628,9 @@ impl State {
         let session = |prefix| message.strip_prefix(prefix).and_then(|s| Session::try_from(s).ok());
         if let Some(session) = session(HELLO) {
             if self.greetings.len() < MAX_STRANGERS || self.greetings.contains_key(&session) {
-                self.greetings.entry(session).or_default().heard = true;
+                let greeting = self.greetings.entry(session).or_default();
+                greeting.heard = true;
+                greeting.replied = false;
             }
         } else if let Some(greeting) = session(ANSWER).and_then(|s| self.greetings.get_mut(&s)) {
             greeting.answered = true;

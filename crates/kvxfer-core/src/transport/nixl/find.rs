@@ -72,28 +72,53 @@ pub fn required_functions() -> impl Iterator<Item = &'static str> {
     symbols::USED.iter().copied()
 }
 
+/// Says whether NIXL seems to be there without loading it: looks for the file in the places that cost nothing to look
+/// at (not in the system's library folders, and `python3` is not asked).
+pub fn glance(config: &NixlConfig) -> Result<PathBuf> {
+    if let Some(path) = &config.library {
+        if path.is_file() {
+            return Ok(path.clone());
+        }
+        return Err(not_available(&format!("the configured library {} does not exist", path.display())));
+    }
+    let mut searched = Vec::new();
+    for place in places() {
+        if place.costs {
+            continue;
+        }
+        let (name, files) = (place.look)();
+        if let Some(file) = files.into_iter().next() {
+            return Ok(file);
+        }
+        searched.push(name);
+    }
+    Err(not_available(&format!(
+        "{NAME} was not found; searched: {} (python3 and the system's library folders are asked only when nixl is asked \
+         for: KVXFER_TRANSPORTS or nixl.same_host)",
+        searched.join("; ")
+    )))
+}
+
 fn search(config: &NixlConfig) -> Result<Library> {
     if let Some(path) = &config.library {
         // A configured file is used or refused, never replaced by another one.
         return open(path).map(|path| describe(path, config)).map_err(|why| {
-            let name = path.display();
-            not_available(&format!("the configured library {name} cannot be used: {why}"))
+            not_available(&format!("the configured library {} cannot be used: {why}", path.display()))
         });
     }
     let mut searched = Vec::new();
     for place in places() {
-        let (name, files) = place();
-        let mut any = false;
+        let (name, files) = (place.look)();
+        if files.is_empty() {
+            searched.push(name);
+            continue;
+        }
         for file in files {
-            any = true;
             match open(&file) {
                 Ok(path) => return Ok(describe(path, config)),
                 Err(why) if file.as_os_str() == NAME => searched.push(format!("{name} ({why})")),
                 Err(why) => searched.push(format!("{} ({why})", file.display())),
             }
-        }
-        if !any {
-            searched.push(name);
         }
     }
     Err(not_available(&format!("{NAME} was not found; searched: {}", searched.join("; "))))
@@ -177,50 +202,53 @@ fn file_at(address: usize) -> Option<PathBuf> {
     Some(path.canonicalize().unwrap_or(path))
 }
 
-/// One place to look: its name for the error message, and the files there that exist.
-type Place = Box<dyn Fn() -> (String, Vec<PathBuf>)>;
+/// One place to look.
+struct Place {
+    /// Looking there loads something or runs something.
+    costs: bool,
+    /// Gives its name for the error message, and the files there that exist.
+    look: Box<dyn Fn() -> (String, Vec<PathBuf>)>,
+}
 
-/// In the order of preference; the expensive ones come last and are evaluated only when reached.
-fn places() -> Vec<Place> {
-    fn folders(name: String, dirs: &[PathBuf], find: fn(&Path) -> Vec<PathBuf>) -> (String, Vec<PathBuf>) {
-        let files = dirs.iter().flat_map(|d| find(d)).collect();
-        (name, files)
+/// In the order of preference.
+fn places() -> [Place; 7] {
+    fn place(look: impl Fn() -> (String, Vec<PathBuf>) + 'static) -> Place {
+        Place { costs: false, look: Box::new(look) }
     }
-    vec![
+    fn in_folders(name: &str, dirs: &[PathBuf], find: fn(&Path) -> Vec<PathBuf>) -> (String, Vec<PathBuf>) {
+        (format!("{name} ({})", list(dirs)), dirs.iter().flat_map(|d| find(d)).collect())
+    }
+    [
         // A NIXL that is loaded already (`import nixl` in this Python): a second copy beside it would be mixed up with
         // it by the dynamic linker, so its own folder comes first.
-        Box::new(|| {
+        place(|| {
             let dirs =
                 mapped().filter(|p| p.ends_with("libnixl.so")).filter_map(|p| p.parent().map(Path::to_owned));
-            folders("NIXL loaded in this process".into(), &dirs.collect::<Vec<_>>(), plain)
+            in_folders("NIXL loaded in this process", &dirs.collect::<Vec<_>>(), plain)
         }),
-        Box::new(|| {
-            let dirs = variable_paths("LD_LIBRARY_PATH");
-            folders(format!("LD_LIBRARY_PATH ({})", list(&dirs)), &dirs, plain)
-        }),
-        Box::new(|| ("the system's library folders".into(), vec![NAME.into()])),
-        Box::new(|| {
+        place(|| in_folders("LD_LIBRARY_PATH", &variable_paths("LD_LIBRARY_PATH"), plain)),
+        Place { costs: true, look: Box::new(|| ("the system's library folders".into(), vec![NAME.into()])) },
+        place(|| {
             let prefix = variable("NIXL_PREFIX").unwrap_or_else(|| "/opt/nvidia/nvda_nixl".into());
             let lib = [format!("lib/{}-linux-gnu", std::env::consts::ARCH), "lib64".into(), "lib".into()];
-            folders(prefix.display().to_string(), &lib.map(|l| prefix.join(l)), plain)
+            in_folders("NIXL's own prefix", &lib.map(|l| prefix.join(l)), plain)
         }),
-        Box::new(|| {
+        place(|| {
             let dirs: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"]
                 .into_iter()
                 .filter_map(variable)
                 .flat_map(|prefix| site_packages(&prefix))
                 .chain(mapped().filter_map(|p| site_folder_of(&p)))
                 .collect();
-            folders(format!("this process's Python ({})", list(&dirs)), &dirs, wheels)
+            in_folders("this process's Python", &dirs, wheels)
         }),
-        Box::new(|| {
-            let cache = cache_dir();
-            folders(list(cache.as_slice()), cache.as_slice(), wheels)
-        }),
-        Box::new(|| {
-            let dirs = ask_python(Duration::from_secs(5));
-            folders(format!("python3's site-packages ({})", list(&dirs)), &dirs, wheels)
-        }),
+        place(|| in_folders("kvxfer's cache", cache_dir().as_slice(), wheels)),
+        Place {
+            costs: true,
+            look: Box::new(|| {
+                in_folders("python3's site-packages", &ask_python(Duration::from_secs(5)), wheels)
+            }),
+        },
     ]
 }
 

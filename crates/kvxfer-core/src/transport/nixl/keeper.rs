@@ -5,7 +5,7 @@
 //! less and less often afterwards: after 100 ms of silence every 5 ms, a tenth of a percent of a core. It runs only
 //! while peers are connected, and it stays out of the way of a thread that waits for a transfer.
 
-use super::engine::Engine;
+use super::engine::{Engine, Seen};
 use parking_lot::{Condvar, Mutex};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// After the last activity it looks without sleeping for this long.
 const HOT: Duration = Duration::from_micros(100);
+/// Sleep while somebody else drives.
+const ASIDE: Duration = Duration::from_micros(500);
 /// Longest sleep.
 const COLD: Duration = Duration::from_millis(5);
 
@@ -66,11 +68,11 @@ fn keep(engine: &Weak<Engine>, signal: &Signal) {
     let mut last = Instant::now();
     loop {
         let Some(strong) = engine.upgrade() else { return };
-        let busy = strong.keep();
+        let seen = strong.keep();
         let connected = strong.links() > 0 || strong.jobs() > 0;
         drop(strong);
         let now = Instant::now();
-        if busy {
+        if seen != Seen::Nothing {
             last = now;
         }
         let idle = now - last;
@@ -82,6 +84,8 @@ fn keep(engine: &Weak<Engine>, signal: &Signal) {
             last = now;
         } else if !connected {
             signal.wake.wait(&mut state);
+        } else if seen == Seen::OthersAtWork {
+            let _ = signal.wake.wait_for(&mut state, ASIDE);
         } else if idle < HOT {
             drop(state);
             std::thread::yield_now();

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long [`Link::close`] itself drives jobs to their end; what takes longer ends in the background.
@@ -20,15 +20,17 @@ const CLOSE_WAIT: Duration = Duration::from_millis(200);
 /// A job of at most this many pieces and bytes is posted within submit: one request, done in microseconds over CMA.
 const AT_ONCE_PIECES: usize = 16;
 
+static NEXT_IMPORT: AtomicU64 = AtomicU64::new(1);
+
 /// The link of one peer.
 pub(super) struct NixlLink {
-    pub(super) engine: Arc<Engine>,
-    pub(super) remote: Arc<Remote>,
+    engine: Arc<Engine>,
+    remote: Arc<Remote>,
     /// The peer's connection metadata, to build everything up anew.
-    pub(super) offer: Vec<u8>,
-    pub(super) imports: Mutex<Imports>,
-    pub(super) inline_bytes: u64,
-    pub(super) description: String,
+    offer: Vec<u8>,
+    imports: Mutex<Imports>,
+    inline_bytes: u64,
+    description: String,
 }
 
 /// What jobs need to know of the peer.
@@ -48,7 +50,7 @@ pub(super) struct Remote {
 
 /// Imported regions.
 #[derive(Default)]
-pub(super) struct Imports {
+struct Imports {
     next: u64,
     regions: HashMap<RemoteKey, Arc<Import>>,
     /// What NIXL holds of this peer: it can add metadata but only forget all of a peer's at once.
@@ -57,6 +59,8 @@ pub(super) struct Imports {
 
 /// One imported region.
 pub(super) struct Import {
+    /// Unique in this process.
+    pub(super) id: u64,
     pub(super) kind: MemType,
     pub(super) device: u64,
     pub(super) address: u64,
@@ -144,6 +148,22 @@ impl Remote {
 }
 
 impl NixlLink {
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        remote: Arc<Remote>,
+        offer: Vec<u8>,
+        inline_bytes: u64,
+        description: String,
+    ) -> Self {
+        engine.link_begins();
+        Self { engine, remote, offer, imports: Mutex::default(), inline_bytes, description }
+    }
+
+    /// Makes the peer known to NIXL.
+    pub(super) fn connect(&self) -> Result<()> {
+        self.engine.load(&self.remote.nixl_name, &self.offer)
+    }
+
     /// Makes NIXL know an import. It refuses two versions of one range and keeps what it once learned, so when the
     /// peer has registered other memory where a forgotten region was, everything is loaded anew.
     fn load(&self, imports: &mut Imports, new: &Arc<Import>) -> Result<()> {
@@ -194,7 +214,15 @@ impl Link for NixlLink {
         self.usable()?;
         let Ticket { kind, device, address, len, slice, metadata, .. } =
             Ticket::decode(&ticket.payload, ticket.len, &self.remote.nixl_name)?;
-        let import = Arc::new(Import { kind, device, address, len, slice, metadata });
+        let import = Arc::new(Import {
+            id: NEXT_IMPORT.fetch_add(1, Ordering::Relaxed),
+            kind,
+            device,
+            address,
+            len,
+            slice,
+            metadata,
+        });
         let mut imports = self.imports.lock();
         self.load(&mut imports, &import)?;
         imports.next += 1;

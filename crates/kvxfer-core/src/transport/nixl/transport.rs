@@ -3,15 +3,17 @@
 use super::engine::Engine;
 use super::find;
 use super::keeper::Keeper;
-use super::link::{Imports, NixlLink, Remote};
+use super::link::{NixlLink, Remote};
 use super::wire::Offer;
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, NixlConfig};
 use crate::transport::{Capabilities, Link, LocalTicket, PeerInfo, Transport, TransportKind};
 use crate::{Error, Memory, Result};
 use kvxfer_proto::{AgentName, Epoch, ErrorCode, Integrity, RegionId};
 use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Longest wait for a peer's greeting; the rest of the time is for other transports.
@@ -19,18 +21,34 @@ const GREETING: Duration = Duration::from_secs(3);
 
 /// NIXL as a transport.
 ///
+/// NIXL and UCX are large and keep state of the process (handlers, threads, sockets), so they are loaded and started
+/// only when needed: at the first peer on another host, or at once when the configuration asks for them
+/// (`nixl.same_host`, or `nixl` in `transports.allow`). Peers on the same host are offered NIXL in the second case only:
+/// `shm` and `cma` are there for them.
+///
 /// What NIXL cannot do shows here. There is no cancel: a transfer is made of requests of at most 16 MiB, and one that
 /// must end early posts no further request and ends when those under way have. There is no access control: a peer
 /// that has a region's ticket may read and write it until the region is deregistered, whatever was exported, and UCX's
 /// listeners accept connections from anybody who can reach their ports; use it in a trusted network. Arrival is not
 /// checked below the channels: integrity `full` of a one-sided transfer is what the plug-in's wire protocol gives.
 pub struct NixlTransport {
-    engine: Arc<Engine>,
-    keeper: Keeper,
+    /// Name of the NIXL agent, unique among all that may meet.
+    name: String,
+    config: NixlConfig,
+    asked_for: bool,
     inline_bytes: u64,
-    rdma: bool,
+    running: OnceLock<Running>,
+    /// Guards the start, and knows the regions registered before it.
+    regions: Mutex<HashMap<RegionId, Arc<Memory>>>,
+    keeper: Keeper,
+    closed: AtomicBool,
+}
+
+/// What exists once NIXL has been started.
+struct Running {
+    engine: Arc<Engine>,
     library: find::Library,
-    backends: String,
+    rdma: bool,
 }
 
 /// [`NixlTransport::new`] as the agent wants it; exists, and fails, in builds without the feature as well.
@@ -39,24 +57,53 @@ pub fn start(name: &AgentName, epoch: Epoch, config: &AgentConfig) -> Result<Arc
 }
 
 impl NixlTransport {
-    /// Loads NIXL if need be and makes the agent with its backends. Fails with [`ErrorCode::NotAvailable`] when NIXL
-    /// is not there, is not fit, or a backend cannot be made.
+    /// Fails with [`ErrorCode::NotAvailable`] when NIXL is not there; when the configuration asks for NIXL, also when
+    /// it is not fit or a backend cannot be made.
     pub fn new(name: &AgentName, epoch: Epoch, config: &AgentConfig) -> Result<Arc<Self>> {
-        let library = find::load(&config.nixl)?;
-        let engine = Engine::new(format!("{name}/{epoch}"), &config.nixl)?;
-        Ok(Arc::new(Self {
-            engine,
-            keeper: Keeper::default(),
+        let asked_for = config.nixl.same_host || config.transports.allow.contains(&TransportKind::Nixl);
+        let transport = Arc::new(Self {
+            name: format!("{name}/{epoch}"),
+            config: config.nixl.clone(),
+            asked_for,
             inline_bytes: config.inline_bytes,
-            rdma: rdma_here(),
-            library,
-            backends: config.nixl.backends.join("+"),
-        }))
+            running: OnceLock::new(),
+            regions: Mutex::default(),
+            keeper: Keeper::default(),
+            closed: AtomicBool::new(false),
+        });
+        if asked_for {
+            transport.run()?;
+        } else {
+            find::glance(&config.nixl)?;
+        }
+        Ok(transport)
     }
 
-    /// The library it runs on.
-    pub fn library(&self) -> &find::Library {
-        &self.library
+    /// Starts NIXL unless it runs.
+    fn run(&self) -> Result<&Running> {
+        if let Some(running) = self.running.get() {
+            return Ok(running);
+        }
+        let regions = self.regions.lock();
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::failed(ErrorCode::Closed, "the agent was shut down"));
+        }
+        if self.running.get().is_none() {
+            let library = find::load(&self.config)?;
+            let engine = Engine::new(self.name.clone(), &self.config)?;
+            for (id, memory) in regions.iter() {
+                engine.register(*id, memory)?;
+            }
+            let _ = self.running.set(Running { engine, library, rdma: rdma_here() });
+        }
+        drop(regions);
+        self.running
+            .get()
+            .ok_or_else(|| Error::failed(ErrorCode::NotAvailable, "NIXL not available: it did not start"))
+    }
+
+    fn engine(&self) -> Option<&Arc<Engine>> {
+        self.running.get().map(|r| &r.engine)
     }
 }
 
@@ -76,13 +123,18 @@ impl Transport for NixlTransport {
         }
     }
 
-    fn offer(&self, _peer: &PeerInfo) -> Option<Vec<u8>> {
-        match self.engine.connection_metadata() {
-            Ok(metadata) => {
-                Some(Offer { name: self.engine.name.clone(), rdma: self.rdma, metadata }.encode())
-            }
+    fn offer(&self, peer: &PeerInfo) -> Option<Vec<u8>> {
+        if peer.same_host && !self.asked_for {
+            return None;
+        }
+        let offer = self.run().and_then(|running| {
+            let metadata = running.engine.connection_metadata()?;
+            Ok(Offer { name: self.name.clone(), rdma: running.rdma, metadata }.encode())
+        });
+        match offer {
+            Ok(offer) => Some(offer),
             Err(error) => {
-                tracing::warn!(%error, "no nixl offer");
+                tracing::warn!(%error, peer = %peer.name, "no nixl offer");
                 None
             }
         }
@@ -90,21 +142,34 @@ impl Transport for NixlTransport {
 
     fn ticket(&self, region: RegionId, memory: &Arc<Memory>) -> Result<Option<LocalTicket>> {
         self.register(region, memory)?;
-        Ok(self.engine.ticket(region).map(|payload| LocalTicket { payload: payload.to_vec(), fd: None }))
+        let payload = self.engine().and_then(|engine| engine.ticket(region));
+        Ok(payload.map(|payload| LocalTicket { payload: payload.to_vec(), fd: None }))
     }
 
     fn register(&self, region: RegionId, memory: &Arc<Memory>) -> Result<()> {
-        self.engine.register(region, memory)
+        // The lock keeps a start from missing it.
+        let mut regions = self.regions.lock();
+        if let Some(engine) = self.engine() {
+            engine.register(region, memory)?;
+        }
+        regions.insert(region, Arc::clone(memory));
+        Ok(())
     }
 
     fn deregister(&self, region: RegionId) {
-        self.engine.deregister(region);
+        let mut regions = self.regions.lock();
+        if let Some(engine) = self.engine() {
+            engine.deregister(region);
+        }
+        regions.remove(&region);
     }
 
     fn connect(&self, peer: &PeerInfo, offer: &[u8], deadline: Instant) -> Result<Arc<dyn Link>> {
         let start = Instant::now();
         let offer = Offer::decode(offer)?;
-        if offer.name == self.engine.name {
+        let running = self.run()?;
+        let engine = &running.engine;
+        if offer.name == self.name {
             return Err(Error::failed(
                 ErrorCode::Mismatch,
                 format!(
@@ -115,29 +180,22 @@ impl Transport for NixlTransport {
         }
         let process = if peer.same_host { process_of(peer.host.pid) } else { None };
         let remote = Arc::new(Remote::new(peer.name.clone(), offer.name.clone(), peer.session, process));
-        self.engine.link_begins();
-        let link = NixlLink {
-            engine: Arc::clone(&self.engine),
-            remote,
-            description: self.describe(peer, &offer),
-            offer: offer.metadata,
-            imports: Mutex::new(Imports::default()),
-            inline_bytes: self.inline_bytes,
-        };
+        let description = self.describe(running, peer, &offer);
         // From here on dropping the link takes back what was done.
-        self.engine.load(&offer.name, &link.offer)?;
-        self.keeper.attend(&self.engine).map_err(|e| {
+        let link = NixlLink::new(Arc::clone(engine), remote, offer.metadata, self.inline_bytes, description);
+        link.connect()?;
+        self.keeper.attend(engine).map_err(|e| {
             Error::system("start the thread kvxfer-nixl", e, "check the limit on threads (ulimit -u)")
         })?;
         let until = deadline.min(start + GREETING);
-        if !self.engine.greet(&offer.name, peer.session, until)? {
+        if !engine.greet(&offer.name, peer.session, until)? {
             return Err(Error::failed(
                 ErrorCode::Unreachable,
                 format!(
                     "{} did not answer over NIXL ({}) within {:?}; check UCX_TLS and UCX_NET_DEVICES on both sides and that \
                      no firewall is between them",
                     peer.name,
-                    self.backends,
+                    self.config.backends.join("+"),
                     until - start
                 ),
             ));
@@ -146,28 +204,33 @@ impl Transport for NixlTransport {
     }
 
     fn poll(&self) -> bool {
-        self.engine.poll()
+        self.engine().is_some_and(|engine| engine.poll())
     }
 
     fn shutdown(&self) {
+        self.closed.store(true, Ordering::Release);
         self.keeper.stop();
-        self.engine.shutdown();
+        // A start that is under way ends first.
+        self.regions.lock().clear();
+        if let Some(engine) = self.engine() {
+            engine.shutdown();
+        }
     }
 }
 
 impl NixlTransport {
     /// NIXL does not say which of UCX's transports carries a connection. UCX takes RDMA before sockets, and CMA
     /// before both within a host; so between hosts that both have a usable RDMA port it is RDMA.
-    fn describe(&self, peer: &PeerInfo, offer: &Offer) -> String {
+    fn describe(&self, running: &Running, peer: &PeerInfo, offer: &Offer) -> String {
         let under = if peer.same_host {
             ""
-        } else if self.rdma && offer.rdma {
+        } else if running.rdma && offer.rdma {
             ", rdma"
         } else {
             ", sockets"
         };
-        let version = self.library.version.as_deref().map(|v| format!(" {v}")).unwrap_or_default();
-        format!("NIXL{version} {}{under}", self.backends)
+        let version = running.library.version.as_deref().map(|v| format!(" {v}")).unwrap_or_default();
+        format!("NIXL{version} {}{under}", self.config.backends.join("+"))
     }
 }
 
