@@ -196,8 +196,13 @@ fn serve(parent: u32) {
     memory.write_at(0, &vec![1; TOTAL as usize]).expect("in range");
     let ticket = transport.ticket(RegionId(2), &memory).expect("ticket").expect("any memory");
     let offer = transport.offer(&host(parent)).expect("offered");
-    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-    println!("{} {}", hex(&offer), hex(&ticket.payload));
+    for part in [&offer, &ticket.payload] {
+        for byte in part {
+            print!("{byte:02x}");
+        }
+        print!(" ");
+    }
+    println!();
     std::io::stdout().flush().expect("written");
     let _ = std::io::stdin().lines().next();
 }
@@ -209,9 +214,9 @@ fn cma() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("a second process");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("read");
-    let parts: Vec<Vec<u8>> = line
+    let mut told = String::new();
+    BufReader::new(child.stdout.take().expect("piped")).read_line(&mut told).expect("read");
+    let parts: Vec<Vec<u8>> = told
         .split_whitespace()
         .map(|w| {
             (0..w.len()).step_by(2).map(|i| u8::from_str_radix(&w[i..i + 2], 16).expect("hex")).collect()
