@@ -1,13 +1,10 @@
 //! Digests over registered memory.
 //!
-//! Such memory may be written by others at any time, so it is never looked at through a Rust slice: bytes are copied into a
-//! buffer that stays in the first-level cache and hashed there.
+//! Such memory may be written by others at any time, so it is never looked at through a Rust slice: sampled lines are
+//! copied out first, and whole segments go through the kernels that also hash while copying.
 
-use crate::{Memory, Result};
-use kvxfer_proto::integrity::{self, Binding, SEGMENT, SegmentHasher};
-
-/// Bytes copied out at a time.
-const BLOCK: usize = 16 << 10;
+use crate::{Memory, Result, copy};
+use kvxfer_proto::integrity::Binding;
 
 /// A chunk's bytes: runs of one memory, concatenated.
 pub(super) struct Bytes<'a> {
@@ -24,26 +21,24 @@ impl Bytes<'_> {
 
     /// Digest at level `full`.
     pub(super) fn full(&self, binding: &Binding) -> Result<u64> {
-        let mut cursor = Cursor::new(self);
-        let mut buffer = [0; BLOCK];
-        let mut hashes = Vec::with_capacity(integrity::segment_count(binding.len) as usize);
-        for i in 0..integrity::segment_count(binding.len) {
-            let (start, len) = integrity::segment(binding.len, i);
-            let mut segment = SegmentHasher::new();
-            let mut done = 0;
-            while done < len {
-                let block = &mut buffer[..(len - done).min(BLOCK as u64) as usize];
-                cursor.read(start + done, block)?;
-                segment.update(block);
-                done += block.len() as u64;
-            }
-            hashes.push(segment.finish());
+        let mut left = binding.len;
+        let mut runs = Vec::with_capacity(self.runs.len());
+        for &(start, len) in self.runs {
+            let len = len.min(left);
+            runs.push((start, len));
+            left -= len;
         }
-        Ok(binding.full(hashes))
+        if left > 0 {
+            return Err(crate::Error::OutOfRange {
+                what: "the chunk's source".into(),
+                offset: 0,
+                len: binding.len,
+                limit: binding.len - left,
+            });
+        }
+        Ok(binding.full(copy::segment_hashes(self.memory, &runs)?))
     }
 }
-
-const _: () = assert!((SEGMENT as usize).is_multiple_of(BLOCK));
 
 /// Reads a chunk front to back, with gaps but never back.
 struct Cursor<'a> {
@@ -89,6 +84,7 @@ impl<'a> Cursor<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvxfer_proto::integrity::{self, SEGMENT};
     use kvxfer_proto::{ChunkKey, Generation, PageIndex, RequestId};
 
     #[test]

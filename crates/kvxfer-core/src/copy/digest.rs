@@ -1,13 +1,14 @@
 //! Digests of segments, left while the bytes pass by.
 //!
 //! A segment is a fixed part of the written chunk, in remote order; the runs that fill it may lie anywhere locally.
-//! When all of them (but the last) are whole stripes, copying and hashing are one pass; otherwise the bytes take a
+//! The same over memory at rest serves the side where a chunk arrives. When all of them (but the last) are whole stripes, copying and hashing are one pass; otherwise the bytes take a
 //! detour through a small private buffer.
 
 use super::xxh3::{SHORTEST, STRIPE, Store, Xxh3};
 use super::{STREAM_FROM, Sides, stream};
 use crate::transport::mover::{Run, Slice};
 use crate::transport::{Job, SegmentDigests};
+use crate::{Memory, Result};
 use kvxfer_proto::integrity::SEGMENT;
 use std::sync::atomic::Ordering;
 
@@ -32,7 +33,7 @@ pub(super) unsafe fn copy(job: &Job, slice: &Slice, digests: &SegmentDigests, si
     });
     let streaming = digests.len >= STREAM_FROM;
     // SAFETY: the caller's promise.
-    unsafe { segments(parts, slice, digests, streaming) };
+    unsafe { segments(parts, streaming, put(slice, digests)) };
     stream::fence();
 }
 
@@ -45,26 +46,40 @@ pub(crate) unsafe fn local(job: &Job, slice: &Slice, digests: &SegmentDigests) {
     let part =
         |run: Run| Part { from: base.wrapping_add(run.local as usize), to: None, len: run.len as usize };
     // SAFETY: the caller's promise.
-    unsafe { segments(slice.runs(&job.pieces).map(part), slice, digests, false) };
+    unsafe { segments(slice.runs(&job.pieces).map(part), false, put(slice, digests)) };
+}
+
+/// Hashes of the segments of a chunk that consists of `(offset, length)` runs of `memory`.
+pub(crate) fn segment_hashes(memory: &Memory, runs: &[(u64, u64)]) -> Result<Vec<u64>> {
+    let mut parts = Vec::with_capacity(runs.len());
+    for (offset, len) in runs {
+        parts.push(Part { from: memory.range(*offset, *len)?, to: None, len: *len as usize });
+    }
+    let mut hashes = Vec::new();
+    // SAFETY: `range` checked each part against the memory, which the caller holds; nothing is written.
+    unsafe { segments(parts.into_iter(), false, |hash| hashes.push(hash)) };
+    Ok(hashes)
+}
+
+/// Takes the hashes of a slice's segments in their order.
+fn put<'a>(slice: &Slice, digests: &'a SegmentDigests) -> impl FnMut(u64) + use<'a> {
+    debug_assert!(slice.position.is_multiple_of(SEGMENT));
+    let mut places = digests.hashes[(slice.position / SEGMENT) as usize..].iter();
+    move |hash| {
+        if let Some(place) = places.next() {
+            place.store(hash, Ordering::Release);
+        }
+    }
 }
 
 /// # Safety
 /// Every part is readable and, where it has a destination, writable.
-unsafe fn segments(
-    parts: impl Iterator<Item = Part>,
-    slice: &Slice,
-    digests: &SegmentDigests,
-    streaming: bool,
-) {
-    debug_assert!(slice.position.is_multiple_of(SEGMENT));
-    let mut index = (slice.position / SEGMENT) as usize;
+unsafe fn segments(parts: impl Iterator<Item = Part>, streaming: bool, mut put: impl FnMut(u64)) {
     let mut segment: Vec<Part> = Vec::new();
     let mut filled = 0;
     let mut close = |segment: &mut Vec<Part>| {
         // SAFETY: the caller's promise.
-        let hash = unsafe { one_segment(segment, streaming) };
-        digests.hashes[index].store(hash, Ordering::Release);
-        index += 1;
+        put(unsafe { one_segment(segment, streaming) });
         segment.clear();
     };
     for mut part in parts {

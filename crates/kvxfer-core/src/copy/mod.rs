@@ -13,7 +13,7 @@ mod stream;
 mod verify;
 mod xxh3;
 
-pub(crate) use digest::local as digest_local;
+pub(crate) use digest::{local as digest_local, segment_hashes};
 pub(crate) use verify::{differs, equal, samples};
 
 use crate::transport::mover::{Report, Run, Slice};

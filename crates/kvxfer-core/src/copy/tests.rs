@@ -216,6 +216,12 @@ proptest! {
         for (a, b) in again.hashes.iter().zip(&digests.hashes) {
             prop_assert_eq!(a.load(Ordering::Acquire), b.load(Ordering::Acquire));
         }
+        // And at rest, at the side where they arrived.
+        let runs: Vec<_> = pieces.iter().map(|p| (p.local_offset, p.len)).collect();
+        let at_rest = segment_hashes(&local, &runs).unwrap();
+        prop_assert_eq!(&at_rest, &segment_hashes(&remote, &[(base, total as u64)]).unwrap());
+        prop_assert!(at_rest.iter().zip(&digests.hashes).all(|(a, b)| *a == b.load(Ordering::Acquire)));
+        prop_assert!(segment_hashes(&remote, &[(base + 1, total as u64)]).is_err());
     }
 
     #[test]
