@@ -30,7 +30,7 @@ fn kinds_of(text: &str) -> Vec<TransportKind> {
 fn from_env() -> Agent {
     let config = AgentConfig {
         name: std::env::var("TEST_NAME").ok(),
-        peer_timeout: Duration::from_millis(1000),
+        peer_timeout: Duration::from_secs(1),
         ..AgentConfig::default()
     };
     let kinds = std::env::var("TEST_KINDS").unwrap_or_default();
@@ -60,7 +60,7 @@ fn caller() {
 }
 
 fn parent(kind: TransportKind) -> Agent {
-    let config = AgentConfig { peer_timeout: Duration::from_millis(1000), ..AgentConfig::default() };
+    let config = AgentConfig { peer_timeout: Duration::from_secs(1), ..AgentConfig::default() };
     common::builder(&[kind])
         .config(config)
         .name(format!("parent-{kind}-{}", std::process::id()))

@@ -142,7 +142,7 @@ fn versions_that_do_not_overlap_are_named() {
 fn the_same_name_is_refused() {
     let (_, mut a) = pair(None, None);
     let failure = a.receive(Message::Hello(hello("b", 1, 1))).unwrap_err();
-    assert!(failure.to_string().contains("1") && failure.to_string().contains("20"), "{failure}");
+    assert!(failure.to_string().contains('1') && failure.to_string().contains("20"), "{failure}");
     let failure = a.receive(Message::Hello(hello("b", 20, 1))).unwrap_err();
     assert!(failure.to_string().contains("itself"), "{failure}");
 }

@@ -37,7 +37,7 @@ pub(crate) struct Faults {
     pub(crate) slow: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Action {
     Request { sender: usize, first: u32, count: u32, deadline_ms: u64, supply_after_ms: u64 },
     Abort { sender: usize },
@@ -492,7 +492,7 @@ impl World {
             match output {
                 receiver::Output::Send(to, message) => {
                     self.see_grant(&to, &message);
-                    self.post(&to.clone(), 1, |message| Ev::ToSender { to: to.clone(), message }, message);
+                    self.post(&to.clone(), 1, |message| Ev::ToSender { to: to.clone(), message }, &message);
                 }
                 receiver::Output::Verify(verify) => {
                     let at = self.now + Duration::from_micros(u64::from(self.choose()) * 10);
@@ -508,7 +508,7 @@ impl World {
         while let Some(output) = m.poll() {
             match output {
                 sender::Output::Send(message) => {
-                    self.post(peer, 0, |message| Ev::ToReceiver { from: peer.clone(), message }, message);
+                    self.post(peer, 0, |message| Ev::ToReceiver { from: peer.clone(), message }, &message);
                 }
                 sender::Output::Write(write) => self.at(self.now, Ev::WriteStarts(peer.clone(), write)),
                 sender::Output::Cancel { serial } => {
@@ -559,7 +559,7 @@ impl World {
         }
     }
 
-    fn post(&mut self, peer: &PeerId, direction: usize, ev: impl Fn(Message) -> Ev, message: Message) {
+    fn post(&mut self, peer: &PeerId, direction: usize, ev: impl Fn(Message) -> Ev, message: &Message) {
         let Faults { drop, duplicate, reorder, .. } = self.faults;
         if drop && self.chance(12) {
             return;
