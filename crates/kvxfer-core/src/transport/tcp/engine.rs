@@ -168,6 +168,7 @@ impl Engine {
             if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
                 tracing::error!("a tcp I/O thread panicked");
             }
+            worker.clear();
         }
     }
 }
@@ -237,9 +238,22 @@ impl Worker {
     /// Queues a lane for a step.
     pub(super) fn kick(&self, lane: &Arc<Lane>) {
         if !lane.queued.swap(true, Ordering::AcqRel) {
-            self.ready.lock().push_back(lane.clone());
+            {
+                let mut ready = self.ready.lock();
+                // A stopped worker takes nothing out any more: lane and worker would keep each other for ever.
+                if self.stop.load(Ordering::Acquire) {
+                    return;
+                }
+                ready.push_back(lane.clone());
+            }
             self.wake();
         }
+    }
+
+    /// Lets go of what was queued too late. The thread has stopped, or is the caller.
+    fn clear(&self) {
+        let late = std::mem::take(&mut *self.ready.lock());
+        drop(late);
     }
 
     fn wake(&self) {
