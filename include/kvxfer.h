@@ -211,6 +211,31 @@ typedef struct kvxfer_config_t {
   uint64_t peer_timeout_ms;
 } kvxfer_config_t;
 
+// What has been exchanged with a peer over one transport, or over all, since the connection came up. Set
+// `struct_size` before the call.
+typedef struct kvxfer_path_stats_t {
+  // `sizeof(kvxfer_path_stats_t)`, set by the caller.
+  size_t struct_size;
+  // Bytes moved to the peer.
+  uint64_t write_bytes;
+  // Transfers to the peer that ended, failed ones included.
+  uint64_t write_transfers;
+  // Those that failed.
+  uint64_t write_failed;
+  // Sum of their durations, nanoseconds; those that overlapped count twice.
+  uint64_t write_busy_ns;
+  // Bytes moved from the peer.
+  uint64_t read_bytes;
+  // Transfers from the peer that ended, failed ones included.
+  uint64_t read_transfers;
+  // Those that failed.
+  uint64_t read_failed;
+  // Sum of their durations, nanoseconds.
+  uint64_t read_busy_ns;
+  // Transfers under way, over any transport.
+  uint64_t in_flight;
+} kvxfer_path_stats_t;
+
 // One contiguous run of bytes to move.
 typedef struct kvxfer_piece_t {
   // Offset in the local region, bytes.
@@ -581,6 +606,13 @@ kvxfer_result_t kvxfer_agent_peers(const struct kvxfer_agent_t *agent,
                                    size_t capacity,
                                    size_t *length_out);
 
+// Every transport this library knows, one a line: name, tab, `ok` or why it cannot be used by this agent. The
+// buffer is used as in `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_agent_transports(const struct kvxfer_agent_t *agent,
+                                        char *buffer,
+                                        size_t capacity,
+                                        size_t *length_out);
+
 // Takes back the export of a region; peers' later transfers on it fail.
 kvxfer_result_t kvxfer_agent_unexport(struct kvxfer_agent_t *agent, const char *name);
 
@@ -613,10 +645,9 @@ kvxfer_result_t kvxfer_region_memory(const struct kvxfer_region_t *region,
 // The region's id, unique within its agent.
 kvxfer_result_t kvxfer_region_id(const struct kvxfer_region_t *region, uint64_t *id_out);
 
-// Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...` value.
-kvxfer_result_t kvxfer_region_export(struct kvxfer_region_t *region,
-                                     const char *name,
-                                     uint32_t access);
+// Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...`
+// value.
+kvxfer_result_t kvxfer_region_export(struct kvxfer_region_t *region, const char *name, uint32_t access);
 
 // Connects to a listening agent, `tcp://host:port` or `unix:///path`. A peer that is connected already under
 // the same address and still up is returned as it is, with a handle of its own. `KVXFER_MISMATCH`,
@@ -658,6 +689,12 @@ kvxfer_result_t kvxfer_peer_paths(const struct kvxfer_peer_t *peer,
                                   char *buffer,
                                   size_t capacity,
                                   size_t *length_out);
+
+// What this agent has moved to and from the peer: over one transport (`KVXFER_TRANSPORT_...`;
+// `KVXFER_NOT_FOUND` when it is not connected), or over all of them with `KVXFER_TRANSPORT_ANY`.
+kvxfer_result_t kvxfer_peer_stats(const struct kvxfer_peer_t *peer,
+                                  uint32_t transport,
+                                  struct kvxfer_path_stats_t *stats_out);
 
 // Sends a notification without data, at most `KVXFER_MAX_NOTIFICATION` bytes. Does not block.
 kvxfer_result_t kvxfer_peer_notify(struct kvxfer_peer_t *peer, const void *payload, size_t length);
@@ -789,8 +826,8 @@ kvxfer_result_t kvxfer_receiver_close(struct kvxfer_receiver_t *receiver, uint64
 // the pool, free its chunks, and free it again.
 kvxfer_result_t kvxfer_receiver_free(struct kvxfer_receiver_t *receiver);
 
-// What is known of a key now: `*state_out` becomes a `KVXFER_LOOKUP_...` value, and `*length_out` (may be NULL)
-// the chunk's valid bytes, 0 unless it is present.
+// What is known of a key now: `*state_out` becomes a `KVXFER_LOOKUP_...` value, and `*length_out` (may be
+// NULL) the chunk's valid bytes, 0 unless it is present.
 kvxfer_result_t kvxfer_receiver_lookup(const struct kvxfer_receiver_t *receiver,
                                        const char *key,
                                        uint32_t *state_out,

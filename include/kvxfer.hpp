@@ -175,7 +175,8 @@ class Transfer : public detail::Handle<kvxfer_transfer_t, kvxfer_transfer_free> 
   }
 };
 
-/// Registered memory.
+/// Registered memory. For memory of the caller's own, end the transfers on it first, or call free() until it does not answer
+/// `KVXFER_BUSY`: a destructor cannot wait, so a busy region stays registered.
 class Region : public detail::Handle<kvxfer_region_t, kvxfer_region_free> {
  public:
   using Handle::Handle;
@@ -235,6 +236,12 @@ class Peer : public detail::Handle<kvxfer_peer_t, kvxfer_peer_free> {
   /// Connected transports, best first, one a line: name, tab, description.
   std::string paths() const {
     return detail::text([&](char *b, std::size_t c, std::size_t *l) { return kvxfer_peer_paths(raw_, b, c, l); });
+  }
+  /// What has been moved over one transport, or over all.
+  kvxfer_path_stats_t stats(std::uint32_t transport = KVXFER_TRANSPORT_ANY) const {
+    auto stats = detail::sized<kvxfer_path_stats_t>();
+    check(kvxfer_peer_stats(raw_, transport, &stats));
+    return stats;
   }
   RemoteRegion region(const std::string &name, Milliseconds timeout) const {
     kvxfer_remote_region_t *out = nullptr;
@@ -320,6 +327,10 @@ class Agent : public detail::Handle<kvxfer_agent_t, kvxfer_agent_free> {
         return out;
       }
     }
+  }
+  /// Transports and whether they can be used, one a line: name, tab, `ok` or the reason.
+  std::string transports() const {
+    return detail::text([&](char *b, std::size_t c, std::size_t *l) { return kvxfer_agent_transports(raw_, b, c, l); });
   }
   /// Metrics in Prometheus text format.
   std::string metrics() const {

@@ -23,7 +23,7 @@ soname=libkvxfer.so.$(sed -nE 's/^#define KVXFER_ABI_VERSION ([0-9]+)/\1/p' incl
 
 # What a program that links the static library needs besides: what Rust's standard library asks for, and C++'s for NIXL's stub.
 private="-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc"
-if nm -u "$build/libkvxfer.a" 2>/dev/null | grep -q '__cxa_\|__gxx_'; then private="-lstdc++ $private"; fi
+if grep -qs __cxa_guard_acquire "$build/libkvxfer.a"; then private="-lstdc++ $private"; fi
 
 put() { # put MODE FROM TO
   install -D -m "$1" "$2" "$dest$3"

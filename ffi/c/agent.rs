@@ -5,6 +5,7 @@ use super::config::{environment, kvxfer_config_t, read, read_json, read_yaml};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::{Answer, guard};
 use super::result::{KVXFER_OK, kvxfer_result_t};
+use kvxfer_core::agent::TransportStatus;
 use kvxfer_core::{Agent, AgentConfig, Error, ErrorCode, Notification, Result};
 use parking_lot::Mutex;
 use std::ffi::c_char;
@@ -205,6 +206,24 @@ pub unsafe extern "C" fn kvxfer_agent_peers(
         let mut names: Vec<_> = agent.peers().iter().map(|p| p.name().to_string()).collect();
         names.sort();
         buffer.set_text(&names.join("\n"))
+    })
+}
+
+/// Every transport this library knows, one a line: name, tab, `ok` or why it cannot be used by this agent. The
+/// buffer is used as in `kvxfer_agent_name`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_agent_transports(
+    agent: *const kvxfer_agent_t,
+    buffer: *mut c_char,
+    capacity: usize,
+    length_out: *mut usize,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_agent_transports", || unsafe {
+        let agent = self::agent(agent)?;
+        let buffer = Buffer::new("buffer", buffer.cast(), capacity, length_out)?;
+        let line = |t: &TransportStatus| format!("{}\t{}", t.kind, t.reason.as_deref().unwrap_or("ok"));
+        buffer.set_text(&agent.transports().iter().map(line).collect::<Vec<_>>().join("\n"))
     })
 }
 

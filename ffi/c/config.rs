@@ -93,21 +93,17 @@ pub(super) unsafe fn read(config: *const kvxfer_config_t) -> Result<(AgentConfig
     }
 }
 
-/// Reads YAML text with the field names of [`AgentConfig`].
+/// Reads YAML text with the field names of [`AgentConfig`]; empty text is the default.
 pub(super) unsafe fn read_yaml(yaml: *const c_char) -> Result<AgentConfig> {
     // SAFETY: the pointer is as the header asks.
     let yaml = unsafe { text("yaml", yaml) }?;
-    if yaml.trim().is_empty() {
-        return Ok(AgentConfig::default());
-    }
-    serde_yaml_ng::from_str(yaml).map_err(|e| invalid("yaml", e.to_string()))
+    if yaml.trim().is_empty() { Ok(AgentConfig::default()) } else { AgentConfig::from_yaml(yaml) }
 }
 
 /// Reads JSON text with the field names of [`AgentConfig`].
 pub(super) unsafe fn read_json(json: *const c_char) -> Result<AgentConfig> {
     // SAFETY: the pointer is as the header asks.
-    let json = unsafe { text("json", json) }?;
-    serde_json::from_str(json).map_err(|e| invalid("json", e.to_string()))
+    AgentConfig::from_json(unsafe { text("json", json) }?)
 }
 
 /// Reads the flags.

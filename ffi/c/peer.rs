@@ -1,11 +1,12 @@
 //! Peers: connected remote agents and what they export.
 
 use super::agent::kvxfer_agent_t;
-use super::args::{Buffer, Out, list, text, timeout};
+use super::args::{Buffer, Out, OutStruct, list, text, timeout, versioned};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::result::{KVXFER_OK, kvxfer_result_t, number};
 use kvxfer_core::agent::PeerState;
+use kvxfer_core::metrics::PathStats;
 use kvxfer_core::{Error, Peer, RemoteRegion, Result};
 use std::ffi::{c_char, c_void};
 
@@ -150,6 +151,70 @@ pub unsafe extern "C" fn kvxfer_peer_paths(
         let buffer = Buffer::new("buffer", buffer.cast(), capacity, length_out)?;
         let lines: Vec<_> = peer.paths().iter().map(|(kind, what)| format!("{kind}\t{what}")).collect();
         buffer.set_text(&lines.join("\n"))
+    })
+}
+
+/// What has been exchanged with a peer over one transport, or over all, since the connection came up. Set
+/// `struct_size` before the call.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct kvxfer_path_stats_t {
+    /// `sizeof(kvxfer_path_stats_t)`, set by the caller.
+    pub struct_size: usize,
+    /// Bytes moved to the peer.
+    pub write_bytes: u64,
+    /// Transfers to the peer that ended, failed ones included.
+    pub write_transfers: u64,
+    /// Those that failed.
+    pub write_failed: u64,
+    /// Sum of their durations, nanoseconds; those that overlapped count twice.
+    pub write_busy_ns: u64,
+    /// Bytes moved from the peer.
+    pub read_bytes: u64,
+    /// Transfers from the peer that ended, failed ones included.
+    pub read_transfers: u64,
+    /// Those that failed.
+    pub read_failed: u64,
+    /// Sum of their durations, nanoseconds.
+    pub read_busy_ns: u64,
+    /// Transfers under way, over any transport.
+    pub in_flight: u64,
+}
+versioned! { kvxfer_path_stats_t, 80; }
+
+/// What this agent has moved to and from the peer: over one transport (`KVXFER_TRANSPORT_...`;
+/// `KVXFER_NOT_FOUND` when it is not connected), or over all of them with `KVXFER_TRANSPORT_ANY`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_peer_stats(
+    peer: *const kvxfer_peer_t,
+    transport: u32,
+    stats_out: *mut kvxfer_path_stats_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_peer_stats", || unsafe {
+        let peer = self::peer(peer)?;
+        let out = OutStruct::new("stats_out", stats_out)?;
+        let wanted = super::transfer::transport("transport", transport)?;
+        let all = peer.stats();
+        let paths: Vec<_> =
+            all.paths.iter().filter(|path| wanted.is_none_or(|kind| kind == path.transport)).collect();
+        if let (Some(kind), true) = (wanted, paths.is_empty()) {
+            return Err(Error::NotFound { what: "connected transport", name: kind.to_string() });
+        }
+        let sum = |field: fn(&PathStats) -> u64| paths.iter().map(|path| field(path)).sum();
+        out.set(&kvxfer_path_stats_t {
+            struct_size: 0,
+            write_bytes: sum(|p| p.write.bytes),
+            write_transfers: sum(|p| p.write.transfers),
+            write_failed: sum(|p| p.write.failed),
+            write_busy_ns: sum(|p| p.write.busy.as_nanos() as u64),
+            read_bytes: sum(|p| p.read.bytes),
+            read_transfers: sum(|p| p.read.transfers),
+            read_failed: sum(|p| p.read.failed),
+            read_busy_ns: sum(|p| p.read.busy.as_nanos() as u64),
+            in_flight: all.in_flight,
+        });
+        Ok(KVXFER_OK)
     })
 }
 

@@ -274,8 +274,8 @@ pub unsafe extern "C" fn kvxfer_receiver_free(receiver: *mut kvxfer_receiver_t) 
     })
 }
 
-/// What is known of a key now: `*state_out` becomes a `KVXFER_LOOKUP_...` value, and `*length_out` (may be NULL)
-/// the chunk's valid bytes, 0 unless it is present.
+/// What is known of a key now: `*state_out` becomes a `KVXFER_LOOKUP_...` value, and `*length_out` (may be
+/// NULL) the chunk's valid bytes, 0 unless it is present.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_receiver_lookup(
     receiver: *const kvxfer_receiver_t,

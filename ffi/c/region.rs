@@ -79,6 +79,23 @@ pub(super) fn region(argument: &'static str, region: *const kvxfer_region_t) -> 
     borrow::<RegionObject>(argument, region)?.get()
 }
 
+/// A region that must belong to `agent`.
+pub(super) fn region_of(
+    agent: &Agent,
+    argument: &'static str,
+    region: *const kvxfer_region_t,
+) -> Result<Region> {
+    let object = borrow::<RegionObject>(argument, region)?;
+    if !object.agent.same(agent) {
+        let (here, there) = (agent.name(), object.agent.name());
+        return Err(invalid(
+            argument,
+            format!("is a region of agent {there}, not of agent {here}: register it there"),
+        ));
+    }
+    object.get()
+}
+
 /// The caller's memory as the core sees it.
 ///
 /// # Safety
@@ -184,7 +201,8 @@ pub unsafe extern "C" fn kvxfer_region_id(
     })
 }
 
-/// Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...` value.
+/// Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...`
+/// value.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_region_export(
     region: *mut kvxfer_region_t,

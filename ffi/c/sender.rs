@@ -10,11 +10,11 @@ use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::peer::{PeerObject, kvxfer_peer_t};
 use super::receiver::{geometry, kvxfer_geometry_t};
-use super::region::{kvxfer_region_t, region};
+use super::region::{kvxfer_region_t, region_of};
 use super::result::{KVXFER_OK, code, kvxfer_result_t};
 use kvxfer_core::channel::{ChunkSource, Reservation};
 use kvxfer_core::proto::wire::ChunkSpec;
-use kvxfer_core::{ChunkKey, Error, ErrorCode, RequestId, Result, Sender, SenderConfig};
+use kvxfer_core::{Agent, ChunkKey, Error, ErrorCode, RequestId, Result, Sender, SenderConfig};
 use parking_lot::RwLock;
 use std::ffi::c_char;
 use std::sync::Arc;
@@ -85,23 +85,29 @@ pub struct kvxfer_chunk_source_t {
 }
 
 /// What a sender's handle stands for.
-struct SenderObject(Sender);
+struct SenderObject {
+    sender: Sender,
+    agent: Agent,
+}
 object!(SenderObject, kvxfer_sender_t, SENDER);
 
 /// What a reservation's handle stands for: empty once finished or aborted. Read-locked by calls on it, so
 /// several may run at once.
-struct ReservationObject(RwLock<Option<Reservation>>);
+struct ReservationObject {
+    inner: RwLock<Option<Reservation>>,
+    agent: Agent,
+}
 object!(ReservationObject, kvxfer_reservation_t, RESERVATION);
 
 impl ReservationObject {
     fn with<R>(&self, call: impl FnOnce(&Reservation) -> Result<R>) -> Result<R> {
-        call(self.0.read().as_ref().ok_or_else(ended)?)
+        call(self.inner.read().as_ref().ok_or_else(ended)?)
     }
 }
 
 impl Drop for ReservationObject {
     fn drop(&mut self) {
-        if let Some(reservation) = self.0.get_mut().take() {
+        if let Some(reservation) = self.inner.get_mut().take() {
             reservation.abort(ErrorCode::Cancelled);
         }
     }
@@ -111,24 +117,38 @@ fn ended() -> Error {
     Error::failed(ErrorCode::Closed, "the reservation was finished or aborted already")
 }
 
-fn sender(sender: *const kvxfer_sender_t) -> Result<Sender> {
-    Ok(borrow::<SenderObject>("sender", sender)?.0.clone())
+fn sender(sender: *const kvxfer_sender_t) -> Result<Arc<SenderObject>> {
+    borrow("sender", sender)
 }
 
 fn reservation(reservation: *const kvxfer_reservation_t) -> Result<Arc<ReservationObject>> {
     borrow("reservation", reservation)
 }
 
-/// The runs of a chunk and their sum.
-unsafe fn runs(runs: *const kvxfer_run_t, count: usize) -> Result<(Vec<(u64, u64)>, u64)> {
+/// A chunk's bytes as runs of a region, checked, with their sum.
+unsafe fn source(
+    agent: &Agent,
+    argument: &'static str,
+    handle: *const kvxfer_region_t,
+    runs: *const kvxfer_run_t,
+    count: usize,
+) -> Result<(ChunkSource, u64)> {
+    let region = region_of(agent, argument, handle)?;
     // SAFETY: pointer arguments are as the header asks.
     let runs = unsafe { list("runs", runs, count) }?;
-    let sum = runs.iter().try_fold(0_u64, |sum, run| sum.checked_add(run.length));
-    match sum {
-        None => Err(invalid("runs", "their lengths add up to more than 2^64 bytes")),
-        Some(0) => Err(invalid("runs", format!("{count} runs with no byte: a chunk has at least one"))),
-        Some(sum) => Ok((runs.iter().map(|run| (run.offset, run.length)).collect(), sum)),
+    let mut sum = 0_u64;
+    for (i, run) in runs.iter().enumerate() {
+        if run.offset.checked_add(run.length).is_none_or(|end| end > region.len()) {
+            let (what, offset, len) = (format!("run {i} of the source region"), run.offset, run.length);
+            return Err(Error::OutOfRange { what, offset, len, limit: region.len() });
+        }
+        sum = sum.saturating_add(run.length);
     }
+    if sum == 0 {
+        return Err(invalid("runs", format!("{count} runs with no byte: a chunk has at least one")));
+    }
+    let runs = runs.iter().map(|run| (run.offset, run.length)).collect();
+    Ok((ChunkSource { region, runs }, sum))
 }
 
 /// Connects to the receiver's agent, `tcp://host:port` or `unix:///path`, attaches to its pool and compares
@@ -162,7 +182,7 @@ pub unsafe extern "C" fn kvxfer_sender_connect(
             config.request_timeout = t;
         }
         let sender = Sender::connect(&agent, address, config, timeout("timeout_ms", timeout_ms)?)?;
-        out.set(into_raw(SenderObject(sender))?);
+        out.set(into_raw(SenderObject { sender, agent })?);
         Ok(KVXFER_OK)
     })
 }
@@ -183,7 +203,7 @@ pub unsafe extern "C" fn kvxfer_sender_peer(
     guard("kvxfer_sender_peer", || unsafe {
         let sender = self::sender(sender)?;
         let out = Out::new("peer_out", peer_out)?;
-        out.set(into_raw(PeerObject(sender.peer()))?);
+        out.set(into_raw(PeerObject(sender.sender.peer()))?);
         Ok(KVXFER_OK)
     })
 }
@@ -209,8 +229,10 @@ pub unsafe extern "C" fn kvxfer_sender_reserve(
             .iter()
             .map(|c| Ok(ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len: c.length }))
             .collect::<Result<Vec<_>>>()?;
-        let reservation = sender.reserve(request, chunks, optional_timeout("timeout_ms", timeout_ms)?)?;
-        out.set(into_raw(ReservationObject(RwLock::new(Some(reservation))))?);
+        let reservation =
+            sender.sender.reserve(request, chunks, optional_timeout("timeout_ms", timeout_ms)?)?;
+        let (inner, agent) = (RwLock::new(Some(reservation)), sender.agent.clone());
+        out.set(into_raw(ReservationObject { inner, agent })?);
         Ok(KVXFER_OK)
     })
 }
@@ -234,12 +256,11 @@ pub unsafe extern "C" fn kvxfer_sender_send(
         let chunks = list("chunks", chunks, count)?
             .iter()
             .map(|c| {
-                let (runs, len) = runs(c.runs, c.run_count)?;
-                let spec = ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len };
-                Ok((spec, ChunkSource { region: region("chunks.region", c.region)?, runs }))
+                let (source, len) = source(&sender.agent, "chunks.region", c.region, c.runs, c.run_count)?;
+                Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, source))
             })
             .collect::<Result<Vec<_>>>()?;
-        let delivery = sender.send(request, chunks, optional_timeout("timeout_ms", timeout_ms)?)?;
+        let delivery = sender.sender.send(request, chunks, optional_timeout("timeout_ms", timeout_ms)?)?;
         out.set(into_raw(DeliveryObject(delivery))?);
         Ok(KVXFER_OK)
     })
@@ -275,9 +296,8 @@ pub unsafe extern "C" fn kvxfer_reservation_write(
     // SAFETY: pointer arguments are as the header asks.
     guard("kvxfer_reservation_write", || unsafe {
         let reservation = self::reservation(reservation)?;
-        let region = super::region::region("region", region)?;
-        let (runs, _) = self::runs(runs, run_count)?;
-        reservation.with(|r| r.write(index, ChunkSource { region, runs }))?;
+        let (source, _) = source(&reservation.agent, "region", region, runs, run_count)?;
+        reservation.with(|r| r.write(index, source))?;
         Ok(KVXFER_OK)
     })
 }
@@ -294,7 +314,7 @@ pub unsafe extern "C" fn kvxfer_reservation_finish(
     guard("kvxfer_reservation_finish", || unsafe {
         let reservation = self::reservation(reservation)?;
         let out = Out::new("delivery_out", delivery_out)?;
-        let inner = reservation.0.write().take().ok_or_else(ended)?;
+        let inner = reservation.inner.write().take().ok_or_else(ended)?;
         out.set(into_raw(DeliveryObject(inner.finish()))?);
         Ok(KVXFER_OK)
     })
@@ -315,7 +335,7 @@ pub unsafe extern "C" fn kvxfer_reservation_abort(
             }
             why => why,
         };
-        let inner = reservation.0.write().take().ok_or_else(ended)?;
+        let inner = reservation.inner.write().take().ok_or_else(ended)?;
         inner.abort(why);
         Ok(KVXFER_OK)
     })

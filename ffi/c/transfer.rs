@@ -127,7 +127,7 @@ unsafe fn options(options: *const kvxfer_transfer_options_t) -> Result<TransferO
     }
 }
 
-fn transport(argument: &'static str, n: u32) -> Result<Option<TransportKind>> {
+pub(super) fn transport(argument: &'static str, n: u32) -> Result<Option<TransportKind>> {
     if n == KVXFER_TRANSPORT_ANY {
         return Ok(None);
     }
@@ -171,16 +171,10 @@ unsafe fn submit(
 fn answer(report: &TransferReport) -> Answer {
     match report.error {
         None => Ok(KVXFER_OK),
-        Some(code) => Err(Error::failed(
-            code,
-            format!(
-                "{} of {} pieces failed over {}: {}",
-                report.failed,
-                report.pieces,
-                report.transport,
-                report.detail.as_deref().unwrap_or(code.as_str())
-            ),
-        )),
+        Some(code) => {
+            let why = report.detail.as_deref().unwrap_or(code.as_str());
+            Err(Error::failed(code, format!("{} of {} pieces failed: {why}", report.failed, report.pieces)))
+        }
     }
 }
 

@@ -49,6 +49,8 @@ static void texts(fixture_t *fx) {
   TRUE(strcmp(text, "server") == 0);
   OK(kvxfer_peer_paths(fx->peer, text, sizeof text, &length));
   TRUE(length > 0 && strchr(text, '\t') != NULL);
+  OK(kvxfer_agent_transports(fx->client, text, sizeof text, &length));
+  TRUE(strstr(text, "inproc\tok") != NULL);
   OK(kvxfer_remote_region_transports(fx->remote, text, sizeof text, &length));
   TRUE(length > 0);
   OK(kvxfer_agent_metrics(fx->client, NULL, 0, &length));
@@ -117,6 +119,16 @@ static void one_sided(fixture_t *fx) {
     TRUE(memcmp(fx->local_base + i * 4096, fx->target_base + (15 - i) * 4096, 4096) == 0);
   }
   OK(kvxfer_transfer_free(transfer));
+
+  kvxfer_path_stats_t all, one;
+  memset(&all, 0, sizeof all);
+  all.struct_size = sizeof all;
+  one = all;
+  OK(kvxfer_peer_stats(fx->peer, KVXFER_TRANSPORT_ANY, &all));
+  TRUE(all.write_bytes >= REGION_BYTES && all.write_transfers >= 1 && all.write_failed == 0 && all.in_flight == 0);
+  OK(kvxfer_peer_stats(fx->peer, report.transport, &one));
+  TRUE(one.write_bytes >= REGION_BYTES && one.write_bytes <= all.write_bytes);
+  EXPECT(KVXFER_NOT_FOUND, kvxfer_peer_stats(fx->peer, KVXFER_TRANSPORT_CUDA_IPC, &one));
 
   char from[KVXFER_MAX_NAME + 1], text[KVXFER_MAX_NOTIFICATION];
   size_t length = 0;

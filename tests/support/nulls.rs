@@ -124,7 +124,7 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
             format!("({kind})&number")
         }
         ("size_t", "capacity" | "peer_capacity") => "sizeof buffer".into(),
-        ("size_t", "index" | "first") | ("uint32_t", "flags") => "0".into(),
+        ("size_t", "index" | "first") | ("uint32_t", "flags" | "transport") => "0".into(),
         ("uint64_t", "length") => "sizeof memory".into(),
         ("uint32_t" | "size_t" | "uint64_t" | "kvxfer_result_t", _) => "1".into(),
         ("kvxfer_log_callback_t" | "const kvxfer_transfer_options_t *" | "const kvxfer_config_t *", _) => {
@@ -140,6 +140,7 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
         ("kvxfer_delivery_report_t *", _) => "&delivery_report".into(),
         ("kvxfer_receiver_event_t *", _) => "&event".into(),
         ("kvxfer_pool_stats_t *", _) => "&stats".into(),
+        ("kvxfer_path_stats_t *", _) => "&path_stats".into(),
         _ => panic!("{}: add `{kind} {name}` to tests/support/nulls.rs", function.name),
     }
 }
@@ -184,6 +185,7 @@ int main(void) {
   SIZED(kvxfer_delivery_report_t, delivery_report);
   SIZED(kvxfer_receiver_event_t, event);
   SIZED(kvxfer_pool_stats_t, stats);
+  SIZED(kvxfer_path_stats_t, path_stats);
   uint64_t live = kvxfer_live_handles();
 "#;
 
