@@ -1,0 +1,182 @@
+//! Peers that say anything at any time: the machines answer, ignore or end the request, and their bookkeeping holds.
+
+use kvxfer_proto::layout::Layout;
+use kvxfer_proto::pool::Known;
+use kvxfer_proto::receiver::{self, PeerId, Receiver, Settings};
+use kvxfer_proto::sender::{self, Sender};
+use kvxfer_proto::wire::{Check, ChunkSpec, Message, Slot};
+use kvxfer_proto::{
+    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId, Time,
+};
+use proptest::prelude::*;
+use std::collections::HashSet;
+use std::time::Duration;
+
+const PAGES: u32 = 6;
+const LEN: u64 = 100;
+
+fn key(n: u8) -> ChunkKey {
+    ChunkKey::new(format!("k{n}")).expect("valid")
+}
+
+/// Any channel message, with numbers small enough to hit something.
+fn message() -> impl Strategy<Value = Message> {
+    let channel = 1..3u64;
+    let serial = 0..5u64;
+    let chunk = 0..5u32;
+    let generation = (0..5u64).prop_map(Generation);
+    let code = prop_oneof![Just(ErrorCode::Ok), Just(ErrorCode::Corrupt), Just(ErrorCode::Cancelled)];
+    let check = prop_oneof![
+        Just(Check::None),
+        any::<u64>().prop_map(Check::Bound),
+        any::<u64>().prop_map(Check::Full)
+    ];
+    let slot = prop_oneof![
+        (0..PAGES + 2, generation.clone())
+            .prop_map(|(page, generation)| Slot::Page { page: PageIndex(page), generation }),
+        Just(Slot::Present),
+        Just(Slot::Pending),
+    ];
+    let spec = (0..8u8, prop_oneof![9 => Just(LEN), 1 => 0..2 * LEN])
+        .prop_map(|(n, len)| ChunkSpec { key: key(n), len });
+    let integrity = prop_oneof![Just(Integrity::Bound), Just(Integrity::Full)];
+    let cs = (channel, serial);
+    prop_oneof![
+        1 => cs.clone().prop_map(|(channel, _)| Message::Attach {
+            channel,
+            pool: "kv".into(),
+            geometry: Geometry::default()
+        }),
+        1 => cs.clone().prop_map(|(channel, _)| Message::Detach {
+            channel,
+            code: ErrorCode::Closed,
+            text: String::new()
+        }),
+        6 => (cs.clone(), proptest::collection::vec(spec, 0..5), 0..400u64, integrity, 0..3u8).prop_map(
+            |((channel, serial), chunks, deadline_ms, integrity, name)| Message::Reserve {
+                channel, serial, chunks, deadline_ms, integrity,
+                request: RequestId::new(format!("r{name}")).expect("valid"),
+            }
+        ),
+        6 => (cs.clone(), chunk.clone(), generation.clone(), check).prop_map(
+            |((channel, serial), chunk, generation, check)| Message::Commit { channel, serial, chunk, generation, check }
+        ),
+        2 => (cs.clone(), any::<bool>(), code.clone())
+            .prop_map(|((channel, serial), quiet, code)| Message::Abort { channel, serial, quiet, code }),
+        1 => cs.clone().prop_map(|(channel, serial)| Message::Renew { channel, serial }),
+        4 => (cs.clone(), proptest::collection::vec(slot.clone(), 0..5), 0..100u64).prop_map(
+            |((channel, serial), slots, lease_ms)| Message::Grant { channel, serial, slots, lease_ms }
+        ),
+        4 => (cs.clone(), chunk.clone(), slot)
+            .prop_map(|((channel, serial), chunk, slot)| Message::Resolved { channel, serial, chunk, slot }),
+        4 => (cs.clone(), chunk, generation, code.clone()).prop_map(
+            |((channel, serial), chunk, generation, code)| Message::Committed { channel, serial, chunk, generation, code }
+        ),
+        2 => cs.clone().prop_map(|(channel, serial)| Message::Ready { channel, serial }),
+        1 => (cs.clone(), code.clone()).prop_map(|((channel, serial), code)| Message::Refused {
+            channel, serial, code, text: String::new()
+        }),
+        1 => (cs, code).prop_map(|((channel, serial), code)| Message::Revoke {
+            channel, serial, code, text: String::new()
+        }),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_receiver_survives_any_sender(
+        script in proptest::collection::vec((message(), 0..2u64, 0..40u64, any::<bool>()), 1..80),
+    ) {
+        let mut r = Receiver::new(Settings {
+            pool: "kv".into(),
+            layout: Layout::new(LEN, PAGES).expect("valid"),
+            geometry: Geometry::default(),
+            lease: Duration::from_millis(100),
+            admission_timeout: Duration::from_millis(200),
+            max_queue: 3,
+            retention: Duration::from_millis(300),
+        });
+        let peer = |n| PeerId { name: AgentName::new("them").expect("valid"), epoch: Epoch(1), connection: n };
+        let mut now = Time(0);
+        let mut good = HashSet::new();
+        for (message, from, wait, passes) in script {
+            r.message(now, &peer(from), &message);
+            while let Some(output) = r.poll() {
+                if let receiver::Output::Verify(v) = output {
+                    if passes {
+                        good.insert(v.binding.key.clone());
+                    }
+                    r.verified(now, v.token, passes);
+                }
+            }
+            r.check().map_err(TestCaseError::fail)?;
+            for k in (0..8).map(key) {
+                prop_assert!(!matches!(r.known(&k), Known::Published(_)) || good.contains(&k), "{k} unchecked");
+            }
+            now = now + Duration::from_millis(wait);
+            r.tick(now);
+            r.check().map_err(TestCaseError::fail)?;
+        }
+        r.peer_fenced(now, &peer(0));
+        r.peer_fenced(now, &peer(1));
+        r.tick(now + Duration::from_secs(1));
+        r.check().map_err(TestCaseError::fail)?;
+        prop_assert_eq!(r.stats().pages.free, PAGES);
+    }
+
+    #[test]
+    fn a_sender_survives_any_receiver(
+        script in proptest::collection::vec((message(), 0..40u64, any::<bool>()), 1..80),
+    ) {
+        let layout = Layout::new(LEN, PAGES).expect("valid");
+        let mut s = Sender::new(1, layout);
+        let deadline = Duration::from_millis(400);
+        let mut open = HashSet::new();
+        let mut started = Vec::new();
+        let mut now = Time(0);
+        for i in 0..3u8 {
+            let specs = (0..3).map(|n| ChunkSpec { key: key(i * 3 + n), len: LEN }).collect();
+            let id = RequestId::new(format!("r{i}")).expect("valid");
+            let serial = s.reserve(now, id, specs, now + deadline, Integrity::Bound).expect("accepted");
+            open.insert(serial);
+            for chunk in 0..2 {
+                s.supply(serial, chunk).expect("open");
+            }
+        }
+        for (message, wait, succeeds) in script {
+            s.message(now, &message);
+            while let Some(output) = s.poll() {
+                match output {
+                    sender::Output::Write(w) => {
+                        prop_assert!(w.page.0 < PAGES, "a page beyond the pool");
+                        started.push(w);
+                    }
+                    sender::Output::Ended { serial, .. } => prop_assert!(open.remove(&serial), "ended twice"),
+                    sender::Output::Send(Message::Abort { serial, quiet: true, .. }) => {
+                        prop_assert!(started.iter().all(|w| w.serial != serial), "not quiet");
+                    }
+                    _ => {}
+                }
+            }
+            if succeeds && let Some(w) = started.pop() {
+                s.written(w, Ok(Check::Bound(1)));
+            }
+            now = now + Duration::from_millis(wait);
+            s.tick(now);
+        }
+        s.tick(now + deadline);
+        for w in started.drain(..) {
+            let text = String::new();
+            s.written(w, Err(sender::Failure { code: ErrorCode::Cancelled, text }));
+        }
+        while let Some(output) = s.poll() {
+            if let sender::Output::Ended { serial, .. } = output {
+                prop_assert!(open.remove(&serial), "ended twice");
+            }
+        }
+        prop_assert!(open.is_empty(), "{open:?} never ended");
+        prop_assert!(s.is_idle());
+    }
+}
