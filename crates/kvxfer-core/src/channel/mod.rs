@@ -14,10 +14,13 @@
 
 mod anchor;
 mod digest;
+mod pool;
 mod receiver;
 mod sender;
 mod session;
+mod ticket;
 mod worker;
+mod write;
 
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,8 @@
 //! A [`Sender`] is a name for a receiver's pool; what happens over one connection to it is a [`Session`]. When the receiver
 //! was restarted the session's requests end with [`ErrorCode::PeerGone`], and the next request opens a new one.
 
-use super::session::{Session, Ticket, failed};
+use super::session::{Session, failed};
+use super::ticket::Ticket;
 use crate::{Agent, Error, Peer, Region, Result};
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::wire::ChunkSpec;

@@ -5,14 +5,15 @@
 //! `trash`, which the progress thread empties.
 
 use super::anchor::Anchor;
-use super::digest::Bytes;
 use super::sender::{ChunkSource, DeliveryReport, SenderConfig};
+use super::ticket::Ticket;
 use super::worker::Worker;
+use super::write::{How, WriteJob, choose};
 use crate::agent::PeerState;
 use crate::agent::host::{self, Host};
-use crate::transport::{Capabilities, SegmentDigests, Tracker, TransportKind};
+use crate::transport::TransportKind;
 use crate::{Agent, Error, Peer, Piece, RemoteRegion, Result, Transfer, TransferOptions};
-use kvxfer_proto::integrity::{Binding, segment_count};
+use kvxfer_proto::integrity::Binding;
 use kvxfer_proto::layout::Layout;
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Write};
@@ -26,21 +27,6 @@ use std::time::{Duration, Instant};
 
 /// Numbers of channels; unique within the process, so within each agent's epoch.
 static NEXT_CHANNEL: AtomicU64 = AtomicU64::new(1);
-
-/// The end of a request as its caller sees it.
-pub(super) struct Ticket {
-    pub(super) request: RequestId,
-    pub(super) specs: Vec<ChunkSpec>,
-    serial: u64,
-    state: Mutex<TicketState>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct TicketState {
-    admitted: bool,
-    result: Option<Result<DeliveryReport>>,
-}
 
 pub(super) struct Session {
     me: Weak<Self>,
@@ -72,7 +58,7 @@ struct Attached {
 }
 
 /// Dropped by the progress thread.
-type Trash = Box<dyn Send>;
+pub(super) type Trash = Box<dyn Send>;
 
 struct Request {
     ticket: Arc<Ticket>,
@@ -92,35 +78,6 @@ struct Todo {
     cancels: Vec<Transfer>,
     ends: Vec<(Arc<Ticket>, Result<DeliveryReport>)>,
     schedule: bool,
-}
-
-/// A write under way: it is over when its bytes have been moved and its digest is known.
-struct WriteJob {
-    session: Arc<Session>,
-    write: Write,
-    binding: Binding,
-    source: Arc<ChunkSource>,
-    how: How,
-    parts: Mutex<Parts>,
-}
-
-#[derive(Default)]
-struct Parts {
-    moved: Option<Result<(), Failure>>,
-    digest: Option<Result<u64, Failure>>,
-    /// The machine has been told.
-    over: bool,
-}
-
-/// Where the digest of a write comes from.
-enum How {
-    None,
-    /// Sampled lines of the source, once the bytes have been moved.
-    Bound,
-    /// Left by the mover.
-    Fused(Arc<SegmentDigests>),
-    /// The hashing thread's, while the bytes are moved.
-    Hashed,
 }
 
 pub(super) fn failed(code: ErrorCode, text: impl Into<String>) -> Failure {
@@ -236,8 +193,7 @@ impl Session {
         let span = tracing::info_span!(
             "request", side = "sender", %request, receiver = %self.peer.name(), pool = self.pool, chunks = specs.len(), bytes
         );
-        let ticket =
-            Arc::new(Ticket { request, serial, state: Mutex::default(), changed: Condvar::new(), specs });
+        let ticket = Arc::new(Ticket::new(request, serial, specs));
         let r = Request {
             ticket: ticket.clone(),
             sources: ticket.specs.iter().map(|_| None).collect(),
@@ -329,8 +285,7 @@ impl Session {
                 Output::Admitted { serial } => {
                     if let Some(r) = requests.get(&serial) {
                         r.span.in_scope(|| tracing::debug!("admitted"));
-                        r.ticket.state.lock().admitted = true;
-                        r.ticket.changed.notify_all();
+                        r.ticket.admit();
                     }
                 }
                 Output::ChunkDone { serial, chunk } => {
@@ -360,8 +315,7 @@ impl Session {
 
     fn perform(&self, todo: Todo) {
         for (ticket, result) in todo.ends {
-            ticket.state.lock().result = Some(result);
-            ticket.changed.notify_all();
+            ticket.end(result);
         }
         for transfer in todo.cancels {
             transfer.cancel();
@@ -486,8 +440,14 @@ impl Session {
         Ok(())
     }
 
+    /// Has something dropped by the progress thread.
+    pub(super) fn throw_away(&self, what: Trash) {
+        self.state.lock().trash.push(what);
+        self.anchor.schedule();
+    }
+
     /// A write is over: `Ok` with what to commit.
-    fn write_ended(&self, write: Write, result: Result<Check, Failure>) {
+    pub(super) fn write_ended(&self, write: Write, result: Result<Check, Failure>) {
         let mut state = self.state.lock();
         let State { attached, requests, trash, .. } = &mut *state;
         if let Some(r) = requests.get_mut(&write.serial) {
@@ -544,89 +504,8 @@ impl Session {
     }
 }
 
-/// How a level is kept on a transport, and at which level the transport itself works.
-fn choose(level: Integrity, caps: Capabilities, base: u64, len: u64) -> (How, Integrity) {
-    match level {
-        Integrity::Off => (How::None, Integrity::Off),
-        Integrity::Bound => (How::Bound, Integrity::Bound),
-        // Every byte is checked as it arrives: what is left to check is that it is the right chunk.
-        Integrity::Full if caps.verifies_arrival => (How::Bound, Integrity::Full),
-        Integrity::Full if caps.fuses_digest => {
-            let hashes = (0..segment_count(len)).map(|_| AtomicU64::new(0)).collect();
-            (How::Fused(Arc::new(SegmentDigests { base, len, hashes })), Integrity::Bound)
-        }
-        Integrity::Full => (How::Hashed, Integrity::Bound),
-    }
-}
-
-impl WriteJob {
-    /// The transfer has ended; runs on the thread that ended it.
-    fn moved(job: Arc<Self>, tracker: &Tracker) {
-        let result = match tracker.error() {
-            None => Ok(()),
-            Some(code) => Err(failed(code, tracker.detail().unwrap_or_else(|| code.to_string()))),
-        };
-        let bytes = || Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
-        let digest = match &job.how {
-            How::Hashed => None,
-            _ if result.is_err() => None,
-            How::None => Some(Ok(0)),
-            How::Bound => Some(bytes().bound(&job.binding)),
-            How::Fused(d) => Some(Ok(job.binding.full(d.hashes.iter().map(|h| h.load(Ordering::Acquire))))),
-        };
-        let digest = digest.map(|d| d.map_err(|e| failed(e.code(), e.to_string())));
-        {
-            let mut parts = job.parts.lock();
-            parts.moved = Some(result);
-            if digest.is_some() {
-                parts.digest = digest;
-            }
-        }
-        job.end_if_complete();
-        job.let_go();
-    }
-
-    /// Runs on the hashing thread.
-    fn hash(job: Arc<Self>) {
-        let bytes = Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
-        let digest = bytes.full(&job.binding).map_err(|e| failed(e.code(), e.to_string()));
-        job.parts.lock().digest = Some(digest);
-        job.end_if_complete();
-        job.let_go();
-    }
-
-    /// Tells the machine, once, as soon as the outcome is certain.
-    fn end_if_complete(&self) {
-        let result = {
-            let mut parts = self.parts.lock();
-            let result = match (&parts.moved, &parts.digest) {
-                _ if parts.over => return,
-                (Some(Ok(())), Some(Ok(digest))) => Ok(match self.how {
-                    How::None => Check::None,
-                    How::Bound => Check::Bound(*digest),
-                    How::Fused(_) | How::Hashed => Check::Full(*digest),
-                }),
-                (Some(Err(f)), _) | (Some(Ok(())), Some(Err(f))) => Err(f.clone()),
-                _ => return,
-            };
-            parts.over = true;
-            result
-        };
-        self.session.write_ended(self.write, result);
-    }
-
-    /// Drops one reference; the last one hands what must not be dropped here to the progress thread.
-    fn let_go(self: Arc<Self>) {
-        if let Some(Self { session, source, .. }) = Arc::into_inner(self) {
-            session.state.lock().trash.push(Box::new(source));
-            session.anchor.schedule();
-            part(session);
-        }
-    }
-}
-
 /// Lets go of a session on a thread that may belong to a transport.
-fn part(session: Arc<Session>) {
+pub(super) fn part(session: Arc<Session>) {
     if let Some(last) = Arc::into_inner(session) {
         std::thread::spawn(move || drop(last));
     }
@@ -688,60 +567,5 @@ impl Host for Session {
     fn closed(&self) {
         self.with(|m| m.close(&failed(ErrorCode::Closed, "the agent was shut down")));
         self.changed.notify_all();
-    }
-}
-
-impl Ticket {
-    pub(super) fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {
-        let mut state = self.state.lock();
-        let deadline = Instant::now() + timeout;
-        loop {
-            if let Some(result) = &state.result {
-                return result.clone();
-            }
-            if self.changed.wait_until(&mut state, deadline).timed_out() && state.result.is_none() {
-                return Err(self.timed_out("delivery", timeout));
-            }
-        }
-    }
-
-    pub(super) fn wait_admitted(&self, timeout: Duration) -> Result<()> {
-        let mut state = self.state.lock();
-        let deadline = Instant::now() + timeout;
-        loop {
-            match &state.result {
-                Some(Err(e)) => return Err(e.clone()),
-                Some(Ok(_)) => return Ok(()),
-                None if state.admitted => return Ok(()),
-                None => {}
-            }
-            if self.changed.wait_until(&mut state, deadline).timed_out()
-                && !state.admitted
-                && state.result.is_none()
-            {
-                return Err(self.timed_out("admission", timeout));
-            }
-        }
-    }
-
-    pub(super) fn is_admitted(&self) -> bool {
-        let state = self.state.lock();
-        state.admitted && !matches!(state.result, Some(Err(_)))
-    }
-
-    pub(super) fn is_finished(&self) -> bool {
-        self.state.lock().result.is_some()
-    }
-
-    /// Why nothing can be done with it any more.
-    fn error(&self) -> Error {
-        match &self.state.lock().result {
-            Some(Err(e)) => e.clone(),
-            _ => Error::failed(ErrorCode::InvalidArgument, format!("request {} has ended", self.request)),
-        }
-    }
-
-    fn timed_out(&self, what: &str, after: Duration) -> Error {
-        Error::TimedOut { operation: format!("{what} of request {}", self.request), after }
     }
 }

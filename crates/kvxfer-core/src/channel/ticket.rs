@@ -1,0 +1,92 @@
+//! The end of a request as its caller sees it: who waits for it is woken by whoever ends it.
+
+use super::sender::DeliveryReport;
+use crate::{Error, Result};
+use kvxfer_proto::wire::ChunkSpec;
+use kvxfer_proto::{ErrorCode, RequestId};
+use parking_lot::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// The end of a request as its caller sees it.
+pub(super) struct Ticket {
+    pub(super) request: RequestId,
+    pub(super) specs: Vec<ChunkSpec>,
+    pub(super) serial: u64,
+    state: Mutex<TicketState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct TicketState {
+    admitted: bool,
+    result: Option<Result<DeliveryReport>>,
+}
+
+impl Ticket {
+    pub(super) fn new(request: RequestId, serial: u64, specs: Vec<ChunkSpec>) -> Self {
+        Self { request, specs, serial, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    pub(super) fn admit(&self) {
+        self.state.lock().admitted = true;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn end(&self, result: Result<DeliveryReport>) {
+        self.state.lock().result = Some(result);
+        self.changed.notify_all();
+    }
+
+    pub(super) fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {
+        let mut state = self.state.lock();
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(result) = &state.result {
+                return result.clone();
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out() && state.result.is_none() {
+                return Err(self.timed_out("delivery", timeout));
+            }
+        }
+    }
+
+    pub(super) fn wait_admitted(&self, timeout: Duration) -> Result<()> {
+        let mut state = self.state.lock();
+        let deadline = Instant::now() + timeout;
+        loop {
+            match &state.result {
+                Some(Err(e)) => return Err(e.clone()),
+                Some(Ok(_)) => return Ok(()),
+                None if state.admitted => return Ok(()),
+                None => {}
+            }
+            if self.changed.wait_until(&mut state, deadline).timed_out()
+                && !state.admitted
+                && state.result.is_none()
+            {
+                return Err(self.timed_out("admission", timeout));
+            }
+        }
+    }
+
+    pub(super) fn is_admitted(&self) -> bool {
+        let state = self.state.lock();
+        state.admitted && !matches!(state.result, Some(Err(_)))
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.state.lock().result.is_some()
+    }
+
+    /// Why nothing can be done with it any more.
+    pub(super) fn error(&self) -> Error {
+        match &self.state.lock().result {
+            Some(Err(e)) => e.clone(),
+            _ => Error::failed(ErrorCode::InvalidArgument, format!("request {} has ended", self.request)),
+        }
+    }
+
+    fn timed_out(&self, what: &str, after: Duration) -> Error {
+        Error::TimedOut { operation: format!("{what} of request {}", self.request), after }
+    }
+}
