@@ -47,3 +47,7 @@ fn origin() -> Instant {
     static ORIGIN: OnceLock<Instant> = OnceLock::new();
     *ORIGIN.get_or_init(Instant::now)
 }
+
+#[cfg(test)]
+#[path = "host_tests.rs"]
+mod tests;

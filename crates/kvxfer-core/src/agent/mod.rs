@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The public types are here; [`state`] is what they share, [`progress`] the thread that owns sockets and timers,
-//! [`accept`] and [`connect`] the two ends of a handshake, [`links`] the data paths, [`entry`] the end of a peer,
+//! [`doors`], [`accept`] and [`connect`] the ways in and out up to the end of a handshake, [`links`] the data paths, [`entry`] the end of a peer,
 //! [`mailbox`] and [`inbox`] the notifications, and [`host`] the seam to the channels.
 
 mod accept;
@@ -16,6 +16,7 @@ mod builder;
 mod choose;
 mod conn;
 mod connect;
+mod doors;
 mod entry;
 pub(crate) mod host;
 mod identity;
