@@ -1,5 +1,7 @@
 //! Peers in processes of their own: the test binary runs itself again with a role.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use super::LONG;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
