@@ -209,7 +209,11 @@ impl Pool {
         let mut told = false;
         while let Some(output) = state.machine.poll() {
             match output {
-                Output::Send(to, message) => self.send(&state, &to, message),
+                Output::Send(to, message) => {
+                    // Whoever hears of a change finds it in the metrics.
+                    state.show();
+                    self.send(&state, &to, message);
+                }
                 Output::Verify(verify) => self.verify(&mut state, verify),
                 Output::Event(event) => {
                     state.event(event);
