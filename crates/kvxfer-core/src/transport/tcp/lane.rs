@@ -150,7 +150,7 @@ impl Lane {
                 readable: true,
                 writable: true,
                 receiver: Receiver::new(),
-                sender: Sender::default(),
+                sender: Sender::new(is_local(&socket)),
                 ledger: Ledger::default(),
             }),
         });
@@ -227,7 +227,7 @@ impl Lane {
             }
         }
         io.receiver = Receiver::new();
-        io.sender = Sender::default();
+        io.sender.clear();
         io.ledger = Ledger::default();
     }
 }
@@ -273,9 +273,14 @@ fn tune(socket: &TcpStream, peer_timeout: Duration) -> std::io::Result<()> {
     s.set_tcp_user_timeout(Some(peer_timeout.max(Duration::from_secs(1))))?;
     let probe = Duration::from_secs((peer_timeout.as_secs() / 4).max(1));
     s.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(probe).with_interval(probe).with_retries(3))?;
-    if socket.peer_addr()?.ip() == socket.local_addr()?.ip() {
+    if is_local(socket) {
         s.set_send_buffer_size(LOCAL_SEND)?;
         s.set_recv_buffer_size(LOCAL_RECEIVE)?;
     }
     Ok(())
+}
+
+/// True when both ends are on this host.
+fn is_local(socket: &TcpStream) -> bool {
+    matches!((socket.peer_addr(), socket.local_addr()), (Ok(far), Ok(near)) if far.ip() == near.ip())
 }

@@ -1,8 +1,8 @@
 //! The sending half of a stream: what goes next, and how it gets into the socket.
 //!
 //! Acknowledgements and read requests go first, in one call with the header of the frame that follows them; then
-//! answers to the peer's reads and our own writes take turns. A digest is taken block by block just before the
-//! block is handed to the kernel, which then finds it in the cache.
+//! answers to the peer's reads and our own writes take turns. A digest is taken slice by slice just before the
+//! slice is handed to the kernel, which then finds it in the cache.
 
 use super::frame::{self, DIGEST_LEN, Header, Kind, MAX_ACKS, TablePiece};
 use super::lane::{Broken, Ledger, Pumped, Reply, STEP_BYTES, Scratch};
@@ -13,8 +13,9 @@ use kvxfer_proto::{ErrorCode, Integrity, RegionId};
 use std::os::fd::BorrowedFd;
 
 /// State of the sending half.
-#[derive(Default)]
 pub(super) struct Sender {
+    /// Most payload bytes of one call.
+    slice: usize,
     /// Control frames, and header and table of the frame under way.
     head: Vec<u8>,
     head_at: usize,
@@ -35,10 +36,24 @@ struct Body {
     tail_len: usize,
 }
 
-/// Bytes that are hashed and handed over in one go: they stay in the core's cache in between.
-const BLOCK: usize = 256 << 10;
+/// Payload bytes of one call within a host. The receiver starts on them while they are in the cache: larger calls were
+/// measured to be slower, most of all with a digest (`docs/performance.md`).
+const LOCAL_SLICE: usize = 32 << 10;
+/// Between hosts: few calls, and still a block that stays in the core's cache between hashing and sending.
+const REMOTE_SLICE: usize = 256 << 10;
 
 impl Sender {
+    /// For a socket to a peer on the same host, or on another one.
+    pub(super) fn new(local: bool) -> Self {
+        let slice = if local { LOCAL_SLICE } else { REMOTE_SLICE };
+        Self { slice, head: Vec::new(), head_at: 0, body: None, writes_next: false }
+    }
+
+    /// Lets go of what is under way.
+    pub(super) fn clear(&mut self) {
+        *self = Self { slice: self.slice, ..Self::new(true) };
+    }
+
     /// True while a frame with payload is partly sent.
     pub(super) fn in_payload(&self) -> bool {
         self.body.is_some()
@@ -88,7 +103,7 @@ impl Sender {
             iov.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
         }
         if let Some(body) = &mut self.body {
-            let limit = if body.digest.is_some() { body.prepare() } else { STEP_BYTES };
+            let limit = if body.digest.is_some() { body.prepare(self.slice) } else { self.slice };
             let taken = body.bytes.gather(limit, MAX_IOV, iov);
             if taken == body.bytes.left() && body.tail_len > 0 {
                 let tail = &body.tail[body.tail_at..];
@@ -212,11 +227,11 @@ impl Body {
     }
 
     /// Makes sure that the next bytes are hashed and returns how many of them are.
-    fn prepare(&mut self) -> usize {
+    fn prepare(&mut self, slice: usize) -> usize {
         if self.hashed == 0
             && let Some(digest) = &mut self.digest
         {
-            let n = BLOCK.min(self.bytes.left());
+            let n = slice.min(self.bytes.left());
             self.bytes.digest(n, digest);
             self.hashed = n;
             if n == self.bytes.left() {
