@@ -39,7 +39,10 @@ else
   say "installing into $venv: about 3 minutes and 3.2 GB"
   rm -rf "$venv"
   "$python" -m venv "$venv"
-  pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+  log=$home/logs/install.log
+  : >"$log"
+  # pip complains at length about requirements that are left out on purpose; its last lines matter only when it fails.
+  pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@" 2>>"$log" || { tail -5 "$log" >&2; return 1; }; }
   site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   pip install --upgrade pip
 
@@ -67,14 +70,14 @@ else
   pip install --no-deps "lmcache==$lmcache" "nixl-cu13==$nixl" "nixl==$nixl"
   say "4/5 what LMCache needs on a CPU"
   pip install aiofile aiofiles awscrt nvtx redis sortedcontainers "grpcio>=1.78" setuptools_scm pytest "${pins[@]}"
-  pip uninstall -y triton >/dev/null 2>&1 || true
+  pip uninstall -y triton >/dev/null || true
 
   say "5/5 checking that it all imports"
   "$venv/bin/python" -c '
 import torch, vllm, lmcache
 from nixl._api import nixl_agent
-print("install: torch", torch.__version__, "vLLM", vllm.__version__, "LMCache", lmcache.__version__)' 2>"$home/logs/install.log" |
-    tail -1 || fail "does not import; see $home/logs/install.log"
+print("install: torch", torch.__version__, "vLLM", vllm.__version__, "LMCache", lmcache.__version__)' 2>>"$log" |
+    tail -1 || fail "does not import; see $log"
   touch "$venv/.complete"
   say "done in $((SECONDS - started)) s"
 fi

@@ -6,6 +6,7 @@ The decoder's side opens a pool of pages; the prefiller's side attaches to it an
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import time
 from collections.abc import Iterable
@@ -363,7 +364,13 @@ class Delivery:
                 raise TimedOut(f"the request did not end within {timeout} s; it goes on", lib.KVXFER_TIMED_OUT)
 
     def __await__(self):
-        return self._agent._events.wait_for(self.poll).__await__()
+        return self._wait_async().__await__()
+
+    async def _wait_async(self) -> DeliveryReport:
+        # The agent's event descriptor tells of transfers and notifications, not of deliveries: a thread of the loop's pool waits.
+        # It ends by the request's deadline, also when this await is cancelled.
+        report = self.poll()
+        return report if report is not None else await asyncio.get_running_loop().run_in_executor(None, self.wait)
 
     def _wait(self, timeout_ms: int) -> DeliveryReport | None:
         report = ffi.new("kvxfer_delivery_report_t *")

@@ -146,21 +146,22 @@ class KvxferChannel(BaseTransferChannel):
     # ---- connecting ----
 
     def lazy_init_peer_connection(self, local_id, peer_id, peer_init_url, init_side_msg=None):
-        remote = self._connect(peer_id, peer_init_url)
-        return self._side_answer(remote, init_side_msg)
-
-    async def async_lazy_init_peer_connection(self, local_id, peer_id, peer_init_url, init_side_msg=None):
-        # Blocking, so on another thread; a handshake is rare.
+        # The PD backends call this on the engine's thread, where an exception ends the engine. A decoder that is away for a while
+        # is no reason for that: nothing can be allocated there either, and the first transfer connects once it is back. What
+        # no waiting cures (another page size, a wrong key) is raised, and so is everything to P2P, which can handle it.
         try:
-            remote = await asyncio.get_running_loop().run_in_executor(None, self._connect, peer_id, peer_init_url)
+            remote = self._connect(peer_id, peer_init_url)
         except KvxferError as e:
-            # The async PD backend waits for this on the engine's thread, and an exception there ends the engine. A decoder that
-            # is away for a while is no reason: its pages cannot be allocated either, and the write connects when it is back.
             if init_side_msg is not None or not e.retryable:
                 raise
             logger.error("kvxfer: %s is not reachable yet (%s); the next transfer to it tries again", peer_init_url, e)
             return None
         return self._side_answer(remote, init_side_msg)
+
+    async def async_lazy_init_peer_connection(self, local_id, peer_id, peer_init_url, init_side_msg=None):
+        # Blocking, so on another thread; a handshake is rare.
+        connect, arguments = self.lazy_init_peer_connection, (local_id, peer_id, peer_init_url, init_side_msg)
+        return await asyncio.get_running_loop().run_in_executor(None, connect, *arguments)
 
     @staticmethod
     def _side_answer(remote: _Remote, message):

@@ -3,6 +3,7 @@
 import array
 import gc
 import mmap
+import os
 import pickle
 
 import pytest
@@ -339,3 +340,19 @@ def test_no_handle_is_left_behind(other):
     del agent
     gc.collect()
     assert kvxfer.errors.lib.kvxfer_live_handles() == before
+
+
+def test_a_forked_child_is_refused_and_does_no_harm(agent, other):
+    peer = agent.connect(other.address)
+    remote, local = peer.region("pages"), agent.allocate(1000)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            peer.write(local, remote, [(0, 0, 1000)])
+        except kvxfer.Closed:
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    moved(peer.write(local, remote, [(0, 0, 1000)]))

@@ -223,13 +223,20 @@ def test_ids_that_stand_for_two_addresses(far, near, url):
         near.lazy_init_peer_connection("me", "host17300", "127.0.0.1:1")
 
 
-def test_a_receiver_that_is_not_there(near, monkeypatch):
+def test_a_receiver_that_is_not_there(near, memory, monkeypatch, own_url):
+    from lmcache.v1.transfer_channel.transfer_utils import P2PInitSideMsg
+
     monkeypatch.setattr(lmcache_channel, "_CONNECT_S", 0.5)
+    # LMCache asks on the engine's thread, which must survive that; the write, on a thread of its own, fails.
+    assert near.lazy_init_peer_connection("me", "them", own_url) is None
     with pytest.raises(kvxfer.Unreachable):
-        near.lazy_init_peer_connection("me", "them", f"127.0.0.1:{free_port()}")
+        near.batched_write([chunk_of(memory)], {"receiver_id": "them", "remote_indexes": [0]})
+    # P2P can handle the exception and wants it.
+    with pytest.raises(kvxfer.Unreachable):
+        near.lazy_init_peer_connection("me", "them", own_url, init_side_msg=P2PInitSideMsg())
 
 
-def test_a_receiver_that_comes_later_does_not_end_an_async_engine(memory, monkeypatch, own_url):
+def test_a_receiver_that_comes_later_is_written_to(memory, monkeypatch, own_url):
     monkeypatch.setattr(lmcache_channel, "_CONNECT_S", 0.5)
     spec = {"receiver_id": "them", "remote_indexes": [2]}
 
