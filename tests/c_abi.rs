@@ -24,7 +24,7 @@ macro_rules! programs {
         })*
     };
 }
-programs! { lifecycle misuse threads forked logging }
+programs! { lifecycle misuse threads forked signals logging }
 
 mod nulls {
     use super::*;

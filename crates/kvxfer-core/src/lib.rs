@@ -14,6 +14,7 @@ pub mod cuda;
 pub mod error;
 pub mod memory;
 pub mod metrics;
+mod threads;
 pub mod transport;
 
 pub use agent::{

@@ -307,7 +307,7 @@ impl Talk {
                 let side: Result<Arc<SideChannel>, String> =
                     side.ok_or_else(|| "the peer did not reach our side socket".to_owned());
                 let (inner, token) = (inner.clone(), self.conn.token);
-                let spawned = std::thread::Builder::new().name("kvx-connect".into()).spawn(move || {
+                let spawned = crate::threads::spawn("kvx-connect", move || {
                     let reactor: Arc<Reactor> = inner.reactor.clone();
                     let result = links::assemble(&inner, info, &offers, side, mailbox, deadline);
                     reactor.command(Command::Linked(token, Box::new(result)));

@@ -199,12 +199,10 @@ fn resolve(host: &str, port: u16, deadline: Instant) -> Result<Vec<SocketAddr>> 
     }
     let (tx, rx) = mpsc::channel();
     let name = host.to_owned();
-    std::thread::Builder::new()
-        .name("kvx-resolve".into())
-        .spawn(move || {
-            let _ = tx.send((name.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>));
-        })
-        .map_err(|e| Error::system("starting a thread to resolve a name", e, "raise the limit on threads"))?;
+    crate::threads::spawn("kvx-resolve", move || {
+        let _ = tx.send((name.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>));
+    })
+    .map_err(|e| Error::system("starting a thread to resolve a name", e, "raise the limit on threads"))?;
     let wait = deadline.saturating_duration_since(Instant::now());
     match rx.recv_timeout(wait) {
         Ok(Ok(found)) if !found.is_empty() => Ok(found),

@@ -108,9 +108,7 @@ impl AgentBuilder {
             metrics: Arc::new(Metrics::new()),
         });
         let theirs = inner.clone();
-        let thread = std::thread::Builder::new()
-            .name("kvx-progress".into())
-            .spawn(move || progress::run(&theirs))
+        let thread = crate::threads::spawn("kvx-progress", move || progress::run(&theirs))
             .map_err(|e| Error::system("starting the progress thread", e, "raise the limit on threads"))?;
         tracing::debug!(agent = %inner.name, epoch = %inner.epoch, "agent started");
         Ok(Agent { handle: Arc::new(Handle { inner, thread: Mutex::new(Some(thread)) }) })

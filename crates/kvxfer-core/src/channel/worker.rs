@@ -22,12 +22,9 @@ impl Worker {
         let mut jobs = self.jobs.lock();
         if jobs.is_none() {
             let (sender, receiver) = unbounded::<Job>();
-            std::thread::Builder::new()
-                .name(self.name.into())
-                .spawn(move || receiver.into_iter().for_each(|job| job()))
-                .map_err(|e| {
-                    Error::system("starting a thread for digests", e, "raise the limit on threads")
-                })?;
+            crate::threads::spawn(self.name, move || receiver.into_iter().for_each(|job| job())).map_err(
+                |e| Error::system("starting a thread for digests", e, "raise the limit on threads"),
+            )?;
             *jobs = Some(sender);
         }
         if let Some(jobs) = jobs.as_ref() {

@@ -46,9 +46,7 @@ impl Held {
         }
         if !state.timer {
             let (held, owner) = (Arc::clone(&self.state), Arc::downgrade(shared));
-            std::thread::Builder::new()
-                .name("kvxfer-fault".into())
-                .spawn(move || run_timer(&held, &owner))
+            crate::threads::spawn("kvxfer-fault", move || run_timer(&held, &owner))
                 .map_err(|e| Error::system("starting a timer thread", e, "raise the limit of processes"))?;
             state.timer = true;
         }

@@ -287,7 +287,7 @@ impl Shared {
         }
         let index = queue.threads.len();
         let shared = Arc::clone(self);
-        match std::thread::Builder::new().name(format!("kvxfer-copy-{index}")).spawn(move || shared.work()) {
+        match crate::threads::spawn(format!("kvxfer-copy-{index}"), move || shared.work()) {
             Ok(thread) => {
                 queue.threads.push(thread);
                 Ok(())

@@ -46,7 +46,7 @@ impl Keeper {
         if thread.is_none() && !stopped {
             let (engine, signal) = (Arc::downgrade(engine), Arc::clone(&self.signal));
             let run = move || keep(&engine, &signal);
-            *thread = Some(std::thread::Builder::new().name("kvxfer-nixl".into()).spawn(run)?);
+            *thread = Some(crate::threads::spawn("kvxfer-nixl", run)?);
         }
         self.signal.state.lock().nudged = true;
         self.signal.wake.notify_all();

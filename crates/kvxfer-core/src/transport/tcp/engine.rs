@@ -71,12 +71,11 @@ impl Engine {
         while pool.workers.len() < self.threads {
             let worker = Worker::new()?;
             let (shared, spin) = (worker.clone(), self.spin);
-            let thread = std::thread::Builder::new()
-                .name(format!("kvxfer-tcp-{}", pool.workers.len()))
-                .spawn(move || shared.run(spin))
-                .map_err(|e| {
-                    Error::system("spawn an I/O thread", e, "raise the limit of threads (ulimit -u)")
-                })?;
+            let thread =
+                crate::threads::spawn(format!("kvxfer-tcp-{}", pool.workers.len()), move || shared.run(spin))
+                    .map_err(|e| {
+                        Error::system("spawn an I/O thread", e, "raise the limit of threads (ulimit -u)")
+                    })?;
             pool.workers.push((worker, thread));
         }
         let token = self.next.fetch_add(1, Ordering::Relaxed);
