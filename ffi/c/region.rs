@@ -11,6 +11,7 @@ use kvxfer_core::{Agent, Error, ErrorCode, Memory, Region, Result};
 use parking_lot::Mutex;
 use std::ffi::{c_char, c_void};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 /// Registered memory. Usable from any thread.
 pub struct kvxfer_region_t {
@@ -63,9 +64,17 @@ impl RegionObject {
     }
 }
 
+/// How long a thread that has just ended a transfer may take to let go of its memory: it is seen as ended a moment before.
+const LETTING_GO: Duration = Duration::from_millis(200);
+
 /// Fails with `Busy` while anything keeps the caller's memory.
 pub(super) fn still_used(foreign: Option<&Weak<Memory>>) -> Result<()> {
-    if foreign.is_some_and(|memory| memory.strong_count() > 0) {
+    let used = || foreign.is_some_and(|memory| memory.strong_count() > 0);
+    let deadline = Instant::now() + LETTING_GO;
+    while used() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    if used() {
         return Err(Error::failed(
             ErrorCode::Busy,
             "transfers, chunks or another region still use this memory: wait for them or cancel them, then free \
