@@ -3,8 +3,12 @@
 mod common;
 
 use common::{LONG, pair_with, pattern};
+use kvxfer_core::transport::fault::FaultPlan;
 use kvxfer_core::transport::{Outcome, Piece};
-use kvxfer_core::{Access, Agent, Error, ErrorCode, Memory, PeerState, TransferOptions, TransportKind};
+use kvxfer_core::{
+    Access, Agent, AgentConfig, Error, ErrorCode, Memory, Peer, PeerState, Region, RemoteRegion,
+    TransferOptions, TransportKind,
+};
 use std::time::Duration;
 
 const LEN: usize = 1 << 20;
@@ -288,5 +292,106 @@ fn the_event_descriptor_tells_of_transfers_and_notifications() {
         assert_eq!(b.try_notification().unwrap().payload, [i]);
         assert!(b.try_notification().is_none());
         assert!(!common::readable(b.event_fd(), Duration::ZERO));
+    }
+}
+
+fn faulty(plan: FaultPlan) -> (Agent, Agent, Peer, Region, RemoteRegion, Region) {
+    let config = AgentConfig { faults: Some(plan), ..AgentConfig::default() };
+    let a = Agent::builder().config(config).name(common::agent(&[]).name().as_str()).build().unwrap();
+    let b = common::agent(&[]);
+    let peer = a.connect(&b.addresses()[0], LONG).unwrap();
+    let (local, target) = (a.allocate(4096).unwrap(), b.allocate(4096).unwrap());
+    local.memory().write_at(0, &pattern(4096, 5)).unwrap();
+    b.export(&target, "r", Access::ReadWrite).unwrap();
+    let remote = peer.region("r", LONG).unwrap();
+    (a, b, peer, local, remote, target)
+}
+
+fn quarters() -> Vec<Piece> {
+    (0..4u64).map(|i| Piece { local_offset: i << 10, remote_offset: i << 10, len: 1024 }).collect()
+}
+
+#[test]
+fn a_transfer_that_hangs_ends_at_its_deadline_and_says_nothing_to_the_peer() {
+    let (_a, b, peer, local, remote, _target) =
+        faulty(FaultPlan { stall_after: Some(0), ..FaultPlan::default() });
+    let options = TransferOptions {
+        timeout: Some(Duration::from_millis(50)),
+        notify: Some(b"never".to_vec()),
+        ..TransferOptions::default()
+    };
+    let hung = peer.write(&local, &remote, &quarters(), options).unwrap();
+    let e = hung.wait(Duration::from_millis(1)).unwrap_err();
+    assert!(matches!(e, Error::TimedOut { .. }), "the wait is over, the transfer is not: {e}");
+    let report = hung.wait(LONG).unwrap();
+    assert_eq!((report.error, report.failed), (Some(ErrorCode::TimedOut), 4));
+    assert!(report.detail.unwrap().contains("50ms"));
+    assert_eq!(report.bytes, 0);
+    peer.notify(b"first").unwrap();
+    assert_eq!(b.notification(LONG).unwrap().unwrap().payload, b"first");
+}
+
+#[test]
+fn a_cancelled_transfer_changes_no_byte_any_more() {
+    let (_a, b, peer, local, remote, target) =
+        faulty(FaultPlan { stall_after: Some(0), ..FaultPlan::default() });
+    let hung = peer.write(&local, &remote, &quarters(), TransferOptions::default()).unwrap();
+    common::eventually("the cancel is done", || hung.cancel());
+    let before = common::bytes(target.memory());
+    assert_eq!(hung.report().unwrap().error, Some(ErrorCode::Cancelled));
+    local.memory().write_at(0, &[0xee; 4096]).unwrap();
+    peer.notify(b"mark").unwrap();
+    b.notification(LONG).unwrap().unwrap();
+    assert!(before == common::bytes(target.memory()));
+    assert!(hung.cancel(), "again is fine");
+}
+
+#[test]
+fn outcomes_are_told_piece_by_piece() {
+    let plan = FaultPlan { fail_after: Some(0), fail_at_piece: 2, ..FaultPlan::default() };
+    let (_a, b, peer, local, remote, target) = faulty(plan);
+    let options = TransferOptions { notify: Some(b"never".to_vec()), ..TransferOptions::default() };
+    let t = peer.write(&local, &remote, &quarters(), options).unwrap();
+    let report = t.wait(LONG).unwrap();
+    assert_eq!((report.error, report.failed, report.bytes), (Some(ErrorCode::Transport), 2, 2048));
+    let outcomes: Vec<_> = (0..4).map(|i| t.outcome(i).unwrap()).collect();
+    let failed = Outcome::Failed(ErrorCode::Transport);
+    assert_eq!(outcomes, [Outcome::Done, Outcome::Done, failed, failed]);
+    assert!(common::bytes(target.memory())[..2048] == pattern(4096, 5)[..2048]);
+    assert!(b.try_notification().is_none());
+    assert_eq!(peer.stats().paths.iter().map(|p| p.write.failed).sum::<u64>(), 1);
+}
+
+#[test]
+fn a_region_lives_as_long_as_its_transfers() {
+    let (_a, _b, peer, local, remote, _target) =
+        faulty(FaultPlan { stall_after: Some(0), ..FaultPlan::default() });
+    let memory = local.memory().clone();
+    let hung = peer.write(&local, &remote, &quarters(), TransferOptions::default()).unwrap();
+    drop(local);
+    assert!(std::sync::Arc::strong_count(&memory) > 1, "the transfer keeps it");
+    common::eventually("the cancel is done", || hung.cancel());
+    drop(hung);
+    common::eventually("the last transfer lets go", || std::sync::Arc::strong_count(&memory) == 1);
+}
+
+#[test]
+fn shutdown_and_disconnect_end_what_is_under_way_and_wake_who_waits() {
+    for disconnect in [true, false] {
+        let plan = FaultPlan { stall_after: Some(0), ..FaultPlan::default() };
+        let (a, _b, peer, local, remote, _target) = faulty(plan);
+        let hung = peer.write(&local, &remote, &quarters(), TransferOptions::default()).unwrap();
+        let (agent, transfer) = (a.clone(), hung.clone());
+        let listener = std::thread::spawn(move || agent.notification(LONG));
+        let waiter = std::thread::spawn(move || transfer.wait(LONG));
+        if disconnect {
+            peer.disconnect();
+        } else {
+            a.shutdown(LONG).unwrap();
+        }
+        let code = waiter.join().unwrap().unwrap().error.unwrap();
+        assert!(matches!(code, ErrorCode::PeerGone | ErrorCode::Closed), "{code}");
+        a.shutdown(LONG).unwrap();
+        assert_eq!(listener.join().unwrap().unwrap_err().code(), ErrorCode::Closed);
     }
 }

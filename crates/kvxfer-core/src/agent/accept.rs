@@ -27,6 +27,8 @@ use std::time::{Duration, Instant};
 
 /// Most connections that have not yet authenticated.
 pub(crate) const MAX_STRANGERS: usize = 64;
+/// Most connections that are not peers yet, authenticated ones included.
+pub(crate) const MAX_INCOMING: usize = 256;
 /// Most threads that connect data paths at a time.
 pub(crate) const MAX_CONNECTORS: usize = 32;
 
@@ -381,7 +383,7 @@ pub(crate) fn bind_side(inner: &Inner, fd: OwnedFd, session: &[u8]) -> Result<()
         Some(SessionState { peer, pid: Some(pid), .. }) => (peer.clone(), *pid),
     };
     let side = Arc::new(SideChannel::accept(fd, pid)?);
-    let mailbox = links::invite(&side, &peer).map_err(|e| e.to_string())?;
+    let mailbox = links::invite(inner, &side, &peer).map_err(|e| e.to_string())?;
     if let Some(state) = inner.sessions.lock().get_mut(&session) {
         (state.side, state.mailbox) = (Some(side), mailbox);
     }

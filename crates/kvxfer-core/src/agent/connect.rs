@@ -97,7 +97,11 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
         if let (Some(hello), false) = (machine.peer(), answers.is_empty()) {
             outgoing.known_as(&hello.agent);
             match inner.conflict(&hello.agent, hello.epoch) {
-                Conflict::Connected(peer) => return Ok(peer),
+                Conflict::Connected(peer) => {
+                    // Found again at once the next time.
+                    inner.peers.write().by_address.insert(address.to_owned(), hello.agent.clone());
+                    return Ok(peer);
+                }
                 other => other.error(&hello.agent, hello.epoch).map_or(Ok(()), Err)?,
             }
         }
@@ -121,7 +125,7 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
         Err("the peer is on another host".to_owned())
     };
     match &side {
-        Ok(side) => mailbox = links::invite(side, &info.name)?,
+        Ok(side) => mailbox = links::invite(inner, side, &info.name)?,
         Err(reason) => tracing::debug!(peer = %info.name, reason, "no side socket"),
     }
     let reachable = side.as_ref().map(|_| ()).map_err(Clone::clone);

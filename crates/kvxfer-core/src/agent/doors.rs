@@ -1,6 +1,6 @@
 //! The doors: listeners, strangers, handshakes under way, side sockets, up to the moment a connection becomes a peer.
 
-use super::accept::{self, Incoming, MAX_STRANGERS, Step};
+use super::accept::{self, Incoming, MAX_INCOMING, MAX_STRANGERS, Step};
 use super::links::{self, Assembled};
 use super::peer::PeerInner;
 use super::progress::{Progress, Source};
@@ -85,6 +85,10 @@ impl Progress {
             (n + 1, if older { Some((*token, i.deadline)) } else { oldest })
         });
         if let (true, Some((token, _))) = (count >= MAX_STRANGERS, oldest) {
+            self.drop_incoming(token);
+        } else if self.incoming.len() >= MAX_INCOMING
+            && let Some(token) = self.incoming.iter().min_by_key(|(_, i)| i.deadline).map(|(t, _)| *t)
+        {
             self.drop_incoming(token);
         }
     }

@@ -86,7 +86,7 @@ impl Progress {
     pub(super) fn process_died(&mut self, id: u64, token: u64) {
         if let Some(entry) = self.peers.get_mut(&id) {
             entry.dead = true;
-            if let Some(pidfd) = &entry.peer.pidfd {
+            if let Some(pidfd) = &*entry.peer.pidfd.lock() {
                 self.inner.reactor.unwatch(pidfd);
             }
             let pid = entry.peer.info.host.pid;
@@ -141,7 +141,8 @@ impl Progress {
         }
         self.peers.remove(&id);
         self.forget_sources(&peer);
-        peer.conn.close();
+        peer.let_go();
+        self.inner.reactor.purge_deadlines();
         tracing::debug!(peer = %peer.info.name, epoch = %peer.info.epoch, "peer fenced");
         let handle = Peer::from_inner(&self.inner, &peer);
         self.hosts().iter().for_each(|h| h.peer_fenced(&handle));

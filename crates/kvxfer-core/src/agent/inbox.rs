@@ -8,6 +8,7 @@ use super::mailbox::{Consumer, drain_eventfd};
 use crate::{Error, Result};
 use kvxfer_proto::AgentName;
 use parking_lot::{Mutex, RwLock};
+use prometheus_client::metrics::counter::Counter;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 pub(crate) struct Mailbox {
     pub(crate) peer: AgentName,
     pub(crate) ring: Consumer,
+    pub(crate) received: Counter,
     /// The peer is gone: forgotten once empty.
     pub(crate) closing: AtomicBool,
     /// It did not keep the rules; the progress thread ends the peer.
@@ -135,7 +137,10 @@ impl Inbox {
             (0..n).find_map(|i| {
                 let b = &boxes[(turn + i) % n];
                 match b.ring.pop() {
-                    Ok(Some(payload)) => Some(Notification { peer: b.peer.clone(), payload }),
+                    Ok(Some(payload)) => {
+                        b.received.inc();
+                        Some(Notification { peer: b.peer.clone(), payload })
+                    }
                     Ok(None) => {
                         emptied |= b.closing.load(Ordering::Relaxed);
                         None
@@ -229,6 +234,10 @@ impl Inbox {
         self.drain();
         self.signalled.store(false, Ordering::SeqCst);
         self.arm();
+        // The signal that was cleared may have been meant for a thread that sleeps in `wait`.
+        if self.sleepers.load(Ordering::SeqCst) > 0 && self.has_some() {
+            signal(&self.arrived);
+        }
     }
 
     /// Wakes everybody for good.

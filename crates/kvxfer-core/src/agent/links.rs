@@ -170,7 +170,7 @@ fn check(inner: &Inner, info: &PeerInfo, paths: &[Path], skipped: &[(TransportKi
 }
 
 /// Makes our mailbox for that peer and sends it the invitation (or the word that there is none).
-pub(crate) fn invite(side: &SideChannel, peer: &AgentName) -> Result<Option<Arc<Mailbox>>> {
+pub(crate) fn invite(inner: &Inner, side: &SideChannel, peer: &AgentName) -> Result<Option<Arc<Mailbox>>> {
     match Consumer::new() {
         Ok((ring, invitation)) => {
             side.send(side::MAILBOX, Some(invitation.memory.as_fd()))?;
@@ -178,6 +178,7 @@ pub(crate) fn invite(side: &SideChannel, peer: &AgentName) -> Result<Option<Arc<
             Ok(Some(Arc::new(Mailbox {
                 peer: peer.clone(),
                 ring,
+                received: inner.metrics.notifications(peer).1,
                 closing: AtomicBool::new(false),
                 violated: AtomicBool::new(false),
             })))

@@ -14,7 +14,7 @@ use crate::transport::{Capabilities, Op, PeerInfo, Piece, SegmentDigests, Transp
 use crate::{Error, Result};
 use kvxfer_proto::wire::{MAX_NOTIFICATION, Message, RegionAdvert};
 use kvxfer_proto::{AgentName, Epoch, ErrorCode, RegionId};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use prometheus_client::metrics::counter::Counter;
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -35,10 +35,11 @@ pub(crate) struct PeerInner {
     /// Best first.
     pub(crate) paths: Vec<Path>,
     skipped: Vec<(TransportKind, String)>,
-    pub(crate) side: Option<Arc<SideChannel>>,
-    pub(crate) outbox: Option<Producer>,
+    /// Taken away when the peer is fenced, as are the two below: stale handles keep no descriptors.
+    side: Mutex<Option<Arc<SideChannel>>>,
+    pub(crate) outbox: RwLock<Option<Producer>>,
     pub(crate) mailbox: Option<Arc<Mailbox>>,
-    pub(crate) pidfd: Option<OwnedFd>,
+    pub(crate) pidfd: Mutex<Option<OwnedFd>>,
     gone: AtomicU16,
     gone_text: Mutex<String>,
     /// Our transfers under way with this peer.
@@ -68,10 +69,10 @@ impl PeerInner {
             conn,
             paths: a.paths,
             skipped: a.skipped,
-            side: a.side,
-            outbox: a.outbox,
+            side: Mutex::new(a.side),
+            outbox: RwLock::new(a.outbox),
             mailbox: a.mailbox,
-            pidfd: a.pidfd,
+            pidfd: Mutex::new(a.pidfd),
             gone: AtomicU16::new(0),
             gone_text: Mutex::default(),
             in_flight: AtomicU64::new(0),
@@ -82,6 +83,18 @@ impl PeerInner {
             received,
             since: Instant::now(),
         })
+    }
+
+    pub(crate) fn side(&self) -> Option<Arc<SideChannel>> {
+        self.side.lock().clone()
+    }
+
+    /// The peer is fenced: lets go of what belongs to it, also while somebody still holds a handle.
+    pub(crate) fn let_go(&self) {
+        self.conn.close();
+        *self.side.lock() = None;
+        *self.outbox.write() = None;
+        *self.pidfd.lock() = None;
     }
 
     pub(crate) fn is_up(&self) -> bool {
@@ -97,9 +110,11 @@ impl PeerInner {
 
     /// From now on every call on it fails; true for the first to say so.
     pub(crate) fn mark_gone(&self, code: ErrorCode, text: &str) -> bool {
+        // Under the lock, so that whoever sees the code finds the text.
+        let mut why = self.gone_text.lock();
         let first = self.gone.compare_exchange(0, code as u16, Ordering::AcqRel, Ordering::Relaxed).is_ok();
         if first {
-            text.clone_into(&mut self.gone_text.lock());
+            text.clone_into(&mut why);
         }
         first
     }
@@ -118,7 +133,7 @@ impl PeerInner {
 
     /// Sends a descriptor over the side socket; gives the label it is known by.
     pub(crate) fn pass(&self, fd: BorrowedFd<'_>) -> Result<u64> {
-        let side = self.side.as_ref().ok_or_else(|| {
+        let side = self.side().ok_or_else(|| {
             Error::failed(ErrorCode::NotAvailable, "file descriptors cannot be passed to this peer")
         })?;
         let label = side.label();
@@ -169,7 +184,7 @@ impl PeerInner {
         payload: &[u8],
         accounted: bool,
     ) -> Result<()> {
-        if let Some(outbox) = &self.outbox {
+        if let Some(outbox) = &*self.outbox.read() {
             if outbox.push(payload, accounted)? == Pushed::Waiting {
                 agent.reactor.command(Command::Spilled(self.clone()));
             }
@@ -187,7 +202,7 @@ impl PeerInner {
 
     /// Room for one more notification?
     pub(crate) fn check_room(&self) -> Result<()> {
-        let full = self.outbox.as_ref().map_or_else(|| self.conn.is_full(), Producer::is_full);
+        let full = self.outbox.read().as_ref().map_or_else(|| self.conn.is_full(), Producer::is_full);
         if full {
             return Err(Error::failed(
                 ErrorCode::NoCapacity,
@@ -212,7 +227,7 @@ pub struct PeerStats {
     pub in_flight: u64,
     /// Notifications sent to agents of this name.
     pub notifications_sent: u64,
-    /// Notifications received over the control connection from agents of this name; mailboxes do not count.
+    /// Notifications received from agents of this name.
     pub notifications_received: u64,
 }
 

@@ -160,7 +160,7 @@ impl Progress {
                 }
             }
             Some(Source::PeerSide(id)) => {
-                if let Some(side) = self.peers.get(id).and_then(|e| e.peer.side.as_ref())
+                if let Some(side) = self.peers.get(id).and_then(|e| e.peer.side())
                     && !side.drain()
                 {
                     self.inner.reactor.unwatch(&side.fd);
@@ -229,7 +229,7 @@ impl Progress {
             }
         }
         if !self.spilled.is_empty() {
-            self.spilled.retain(|p| p.is_up() && p.outbox.as_ref().is_some_and(|o| !o.flush()));
+            self.spilled.retain(|p| p.is_up() && p.outbox.read().as_ref().is_some_and(|o| !o.flush()));
             // The consumer does not tell when it makes room: look again, less and less often.
             self.spill_nap =
                 (self.spill_nap * 2).clamp(Duration::from_micros(200), Duration::from_millis(20));
@@ -304,13 +304,13 @@ impl Progress {
         self.inner.metrics.peer_up(&peer.info.name);
         let watched = peer.conn.watch();
         self.sources.insert(peer.conn.token, Source::Peer(id));
-        if let Some(side) = &peer.side {
+        if let Some(side) = peer.side() {
             let token = self.inner.reactor.token();
             if self.inner.reactor.watch(&side.fd, token, EventFlags::IN).is_ok() {
                 self.sources.insert(token, Source::PeerSide(id));
             }
         }
-        if let Some(pidfd) = &peer.pidfd {
+        if let Some(pidfd) = &*peer.pidfd.lock() {
             let token = self.inner.reactor.token();
             if self.inner.reactor.watch(pidfd, token, EventFlags::IN).is_ok() {
                 self.sources.insert(token, Source::PeerProcess(id));
@@ -474,10 +474,10 @@ impl Progress {
 
     /// Takes everything that stands for a peer out of the epoll set.
     pub(super) fn forget_sources(&mut self, peer: &PeerInner) {
-        if let Some(side) = &peer.side {
+        if let Some(side) = peer.side() {
             self.inner.reactor.unwatch(&side.fd);
         }
-        if let Some(pidfd) = &peer.pidfd {
+        if let Some(pidfd) = &*peer.pidfd.lock() {
             self.inner.reactor.unwatch(pidfd);
         }
         let id = peer.id;
@@ -519,7 +519,7 @@ impl Progress {
             if peer.in_flight.load(Ordering::Acquire) > 0 {
                 peer.conn.abandon();
             } else {
-                peer.conn.close();
+                peer.let_go();
             }
         }
         for slot in &self.inner.slots {

@@ -209,6 +209,11 @@ impl Reactor {
         }
     }
 
+    /// Forgets transfers that have ended: what they hold of their links goes with them.
+    pub(crate) fn purge_deadlines(&self) {
+        self.deadlines.lock().heap.retain(|Reverse(e)| !e.tracker.is_finished());
+    }
+
     /// Asks transfers past their deadline to end; gives those that do not within `grace` as `(peer, transfer)`.
     /// Also returns the next deadline.
     pub(crate) fn run_deadlines(

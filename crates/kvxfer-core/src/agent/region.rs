@@ -188,7 +188,7 @@ impl RemoteInner {
                 continue;
             }
             let imported = (|| {
-                let fd = match (ticket.fd_label, &peer.side) {
+                let fd = match (ticket.fd_label, peer.side()) {
                     (0, _) => None,
                     (label, Some(side)) => side.take(label, deadline)?,
                     (_, None) => {

@@ -47,6 +47,13 @@ pub(crate) fn pattern(len: usize, seed: u64) -> Vec<u8> {
         .collect()
 }
 
+/// All bytes of a memory.
+pub(crate) fn bytes(memory: &kvxfer_core::Memory) -> Vec<u8> {
+    let mut all = vec![0; memory.len()];
+    memory.read_at(0, &mut all).unwrap();
+    all
+}
+
 /// Waits until `what` holds; panics when it does not within [`LONG`].
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let limit = Instant::now() + LONG;
