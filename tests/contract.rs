@@ -1,0 +1,52 @@
+//! The Contract, line by line, on every transport that can run it. See `docs/contract.md`.
+//!
+//! `cargo test --test contract shm::` runs one transport, `cargo test --test contract no_leak` one line on all of them.
+
+mod actors;
+
+#[path = "contract/admission.rs"]
+mod admission;
+#[path = "contract/endings.rs"]
+mod endings;
+#[path = "contract/peers.rs"]
+mod peers;
+#[path = "contract/writes.rs"]
+mod writes;
+
+#[test]
+fn actor_entry() {
+    actors::actor_entry();
+}
+
+macro_rules! contract {
+    ($($transport:ident),*) => {$(
+        mod $transport {
+            contract!(@lines $transport,
+                writes::visible_only_when_written,
+                writes::no_late_write,
+                endings::everything_ends,
+                admission::no_deadlock_by_admission,
+                endings::no_leak,
+                admission::shared_prefixes_are_right,
+                peers::restart_is_normal,
+                peers::mismatch_is_an_error_not_garbage,
+                writes::only_the_bytes_that_matter,
+                endings::errors_reach_who_can_act,
+                peers::no_stranger_writes,
+                peers::you_can_see_the_path
+            );
+        }
+    )*};
+    (@lines $transport:ident, $($file:ident::$line:ident),*) => {$(
+        #[test]
+        fn $line() {
+            let transport = stringify!($transport);
+            match crate::actors::unavailable(transport) {
+                None => crate::$file::$line(transport),
+                Some(why) => println!("SKIPPED on {transport}: {why}"),
+            }
+        }
+    )*};
+}
+
+contract!(inproc, shm, cma, tcp, nixl);
