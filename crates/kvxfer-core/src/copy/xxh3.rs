@@ -120,17 +120,22 @@ impl Xxh3 {
     }
 }
 
-/// A hash-only kernel, for the tests.
+/// A kernel, for the tests.
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(super) type Kernel = unsafe fn(&mut Xxh3, *mut u8, *const u8, u64);
 
 #[cfg(all(test, target_arch = "x86_64"))]
 impl Xxh3 {
-    /// All kernels, each with whether this processor can run it.
-    pub(super) fn kernels() -> [(bool, Kernel); 2] {
+    /// All kernels, each with whether this processor can run it and whether it stores.
+    pub(super) fn kernels() -> [(bool, bool, Kernel); 6] {
+        let (wide, narrow) = (is_x86_feature_detected!("avx512f"), is_x86_feature_detected!("avx2"));
         [
-            (is_x86_feature_detected!("avx512f"), x86::avx512::<0>),
-            (is_x86_feature_detected!("avx2"), x86::avx2::<0>),
+            (wide, false, x86::avx512::<0>),
+            (wide, true, x86::avx512::<1>),
+            (wide, true, x86::avx512::<2>),
+            (narrow, false, x86::avx2::<0>),
+            (narrow, true, x86::avx2::<1>),
+            (narrow, true, x86::avx2::<2>),
         ]
     }
     /// Counts stripes that a kernel consumed directly.
