@@ -1,10 +1,10 @@
 //! The C ABI, one file per object. `include/kvxfer.h` is generated from here and `docs/c-abi.md` states the
 //! conventions once; this is how they are kept:
 //!
-//! - every call runs inside [`panic::guard`], which stops panics, turns errors into numbers, keeps their text for
+//! - every call runs inside `panic::guard`, which stops panics, turns errors into numbers, keeps their text for
 //!   `kvxfer_last_error()` and refuses to run in a forked child;
-//! - every handle is a checked number in a table ([`handle`]), never an address;
-//! - every pointer, length, text, struct and time-out goes through [`args`] before anything happens, and results are
+//! - every handle is a checked number in a table (`handle`), never an address;
+//! - every pointer, length, text, struct and time-out goes through `args` before anything happens, and results are
 //!   written last.
 //!
 //! Rust programs use the types of the crate root. The functions are public here for those that mix both
