@@ -352,9 +352,9 @@ fn feed(mac: &mut Hmac<Sha256>, hello: &Hello) {
     field(side_socket.as_bytes());
 }
 
-/// A peer's text, fit for a log line.
+/// A text fit for a log line and for [`crate::wire::MAX_TEXT`]: without control characters, at most 1,000 characters.
 pub fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(500).collect()
+    text.chars().filter(|c| !c.is_control()).take(1000).collect()
 }
 
 /// The message's name, without its content.

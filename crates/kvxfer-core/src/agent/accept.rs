@@ -16,7 +16,7 @@ use kvxfer_proto::ErrorCode;
 use kvxfer_proto::frame::{
     Decoder, MAX_FRAME_BEFORE_AUTH, PREAMBLE_CONTROL, PREAMBLE_DATA, PREAMBLE_DATA_LEN,
 };
-use kvxfer_proto::handshake::{Event, Failure, Handshake, Role};
+use kvxfer_proto::handshake::{Event, Failure, Handshake, Role, printable};
 use kvxfer_proto::wire::{MAX_FRAME, Message};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -129,10 +129,14 @@ impl Incoming {
     /// Tells the peer why not, as far as that is possible.
     pub(crate) fn refuse(&self, inner: &Inner, code: ErrorCode, text: &str) {
         if let Stage::Handshake(t) = &self.stage {
-            let _ = t.conn.send(&Message::Refuse { code, text: text.to_owned() });
+            let _ = t.conn.send(&Message::Refuse { code, text: printable(text) });
         }
         inner.metrics.refused();
-        tracing::debug!(from = ?self.far, %code, text, "incoming connection refused");
+        if matches!(code, ErrorCode::Unauthenticated | ErrorCode::Mismatch | ErrorCode::Requirement) {
+            tracing::warn!(from = ?self.far, %code, text, "incoming connection refused");
+        } else {
+            tracing::debug!(from = ?self.far, %code, text, "incoming connection refused");
+        }
     }
 
     fn preamble(&mut self, inner: &Arc<Inner>) -> std::result::Result<Step, Closed> {

@@ -119,7 +119,7 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
     let info = peer_info(inner, hello, Role::Initiator, far, session);
     let mut mailbox = None;
     let side = if info.same_host {
-        let soon = deadline.min(Instant::now() + Duration::from_secs(2));
+        let soon = deadline.min(Instant::now() + Duration::from_secs(5));
         SideChannel::connect(&info.host.side_socket, info.host.pid, &session, soon).map(Arc::new)
     } else {
         Err("the peer is on another host".to_owned())
@@ -133,7 +133,8 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
     let assembled = match links::assemble(inner, info, &offers, side, mailbox, deadline) {
         Ok(a) => a,
         Err(e) => {
-            let _ = talk.send(&Message::Refuse { code: e.code(), text: e.to_string() });
+            let _ =
+                talk.send(&Message::Refuse { code: e.code(), text: handshake::printable(&e.to_string()) });
             // The peer may have refused at the same time, and closed what we were using: its reason is the cause then.
             // Ours comes first where it is about our own configuration.
             if !matches!(e.code(), ErrorCode::Requirement | ErrorCode::NotAvailable) {

@@ -197,7 +197,7 @@ impl Progress {
                     let strangers =
                         self.sources.values().filter(|s| matches!(s, Source::SideStranger(..))).count();
                     if strangers < MAX_STRANGERS && inner.reactor.watch(&fd, token, EventFlags::IN).is_ok() {
-                        let deadline = Instant::now() + Duration::from_secs(2);
+                        let deadline = Instant::now() + Duration::from_secs(5);
                         self.sources.insert(token, Source::SideStranger(fd, deadline));
                     }
                 }

@@ -10,6 +10,7 @@ use super::peer::PeerInner;
 use super::progress::Progress;
 use kvxfer_proto::ErrorCode;
 use kvxfer_proto::frame::Decoder;
+use kvxfer_proto::handshake::printable;
 use kvxfer_proto::wire::Message;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -56,7 +57,8 @@ impl Entry {
         }
         let silent = now.saturating_duration_since(self.last_heard);
         let interval = timeout / 3;
-        if silent >= timeout && self.pinged.is_some() {
+        // Measured from the last ping too: after a pause of this process the peer gets its chance to answer.
+        if silent >= timeout && self.pinged.is_some_and(|t| now.saturating_duration_since(t) >= interval) {
             return Err(format!("silent for {silent:?} (peer_timeout {timeout:?})"));
         }
         if silent >= interval && self.pinged.is_none_or(|t| now.saturating_duration_since(t) >= interval) {
@@ -64,10 +66,7 @@ impl Entry {
             let _ = self.peer.conn.send(&Message::Ping { nonce: silent.as_nanos() as u64 });
             self.pinged = Some(now);
         }
-        Ok(self
-            .pinged
-            .map_or(self.last_heard + interval, |t| (t + interval).min(self.last_heard + timeout))
-            .max(now + Duration::from_millis(1)))
+        Ok(self.pinged.unwrap_or(self.last_heard) + interval.max(Duration::from_millis(1)))
     }
 }
 
@@ -109,7 +108,7 @@ impl Progress {
         self.inner.forget(&peer);
         self.inner.metrics.peer_gone(&peer.info.name);
         if tell {
-            let _ = peer.conn.send(&Message::Bye { reason: text.to_owned() });
+            let _ = peer.conn.send(&Message::Bye { reason: printable(text) });
         }
         peer.fail_queries();
         for path in &peer.paths {

@@ -89,7 +89,13 @@ impl SideChannel {
         let say = |e: std::io::Error| format!("side socket @{name}: {e}");
         let fd = socket().map_err(say)?;
         let at = SocketAddrUnix::new_abstract_name(name.as_bytes()).map_err(|e| say(e.into()))?;
-        rustix::net::connect(&fd, &at).map_err(|e| say(e.into()))?;
+        // A listener whose queue is full says so at once.
+        while let Err(e) = rustix::net::connect(&fd, &at) {
+            if e != Errno::AGAIN || Instant::now() >= deadline {
+                return Err(say(e.into()));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let real = peer_pid(&fd).map_err(say)?;
         if real != pid {
             return Err(format!("side socket @{name} belongs to process {real}, the peer said {pid}"));
