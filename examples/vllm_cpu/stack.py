@@ -2,12 +2,11 @@
 
     python stack.py [--mode sync|async] [--channel kvxfer|nixl]      # runs until Ctrl-C, prints where to send requests
 
-As a context manager, `Stack` leaves nothing behind: every server runs in a process group of its own that is ended with the
-block, and the kernel ends it should this process be killed.
+As a context manager, `Stack` leaves nothing behind: every server and all it started end with the block, and also when this
+process is killed.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import pathlib
@@ -49,34 +48,25 @@ def cores():
     return available[0], available[1 % len(available)]
 
 
-def end_with_parent():
-    """In a child, between fork and exec: SIGTERM when the parent is gone, however it went."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
 class Server:
-    """A child in a process group of its own, with its log."""
+    """A child below a keeper (see `keeper.py`), with its log. It ends with this process, however that ends."""
 
     def __init__(self, name, command, environment, log):
         self.name, self.log = name, log
         with open(log, "wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+            self.keeper = subprocess.Popen(
+                [sys.executable, HERE / "keeper.py", *command],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
             )
 
     def wait_healthy(self, url, deadline):
         while True:
-            if self.process.poll() is not None:
-                raise RuntimeError(
-                    f"{self.name} ended with status {self.process.returncode}; its log, {self.log}, ends:\n{self.tail()}"
-                )
+            if self.keeper.poll() is not None:
+                raise RuntimeError(f"{self.name} ended; its log, {self.log}, ends:\n{self.tail()}")
             try:
                 # The servers are on this machine: a proxy from the environment is of no use.
                 urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "/health", timeout=2).close()
@@ -92,21 +82,8 @@ class Server:
         return "\n".join(line[:300] for line in text[-lines:])
 
     def stop(self):
-        for sig, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-            try:
-                os.killpg(self.process.pid, sig)
-            except ProcessLookupError:
-                break
-            try:
-                self.process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        # Workers that outlived the server's main process.
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        self.keeper.stdin.close()
+        self.keeper.wait()
 
 
 class Stack:
@@ -132,6 +109,9 @@ class Stack:
 
     def stop(self):
         self.corrupt_marker.unlink(missing_ok=True)
+        # All at once: each takes a few seconds.
+        for server in self.servers:
+            server.keeper.stdin.close()
         while self.servers:
             self.servers.pop().stop()
 
