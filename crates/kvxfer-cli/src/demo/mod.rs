@@ -233,7 +233,8 @@ impl Stage {
         let checked: Checked = self.receiver.ask(&ToReceiver::Check { prompt }, DEADLINE)?;
         let _: Pool = self.receiver.ask(&ToReceiver::Drop { prompt }, DEADLINE)?;
         next.finish(Duration::from_secs(3));
-        let (end, _) = self.pool_when(|p| p.is_quiet() && p.descriptors <= before.descriptors)?;
+        let most = before.descriptors.max(after.descriptors);
+        let (end, _) = self.pool_when(|p| p.is_quiet() && p.descriptors <= most)?;
         Ok(Kill {
             pid,
             chunks_handed_over: half.chunks,
