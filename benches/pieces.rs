@@ -30,7 +30,7 @@ fn planning(c: &mut Criterion) {
     let mut group = c.benchmark_group("plan");
     group.throughput(Throughput::Elements(DESCRIPTORS));
     group.bench_function("16384 runs, one lane", |b| {
-        b.iter(|| plan(&layout, black_box(&chunks), Striping::NONE))
+        b.iter(|| plan(&layout, black_box(&chunks), Striping::NONE));
     });
     let striped = Striping { lanes: 4, frame_bytes: 1 << 20 };
     group.bench_function("16384 runs, four lanes", |b| b.iter(|| plan(&layout, black_box(&chunks), striped)));
