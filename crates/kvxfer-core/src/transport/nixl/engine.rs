@@ -324,18 +324,19 @@ impl Engine {
         }
     }
 
-    /// Drives every job while something moves, for a moment at most; true while jobs are under way.
+    /// Drives every job while something moves, for a moment at most; true when it should be called again.
     pub(super) fn poll(&self) -> bool {
         if self.jobs() == 0 {
             return false;
         }
         let since = Duration::from_nanos(self.now().saturating_sub(self.assisted.load(Ordering::Relaxed)));
         if self.waiters.load(Ordering::Acquire) > 0 || since < ASSISTED {
-            // Two threads that take turns at one lock are slower than one.
-            return true;
+            // Two threads that take turns at one lock are slower than one, and on a small machine a thread that looks
+            // every few microseconds slows its neighbour down. Should the waiter leave, the keeper takes over.
+            return false;
         }
         let start = Instant::now();
-        while self.drive() && self.jobs() > 0 && start.elapsed() < POLL_TURN {}
+        while self.drive() == Some(true) && self.jobs() > 0 && start.elapsed() < POLL_TURN {}
         self.jobs() > 0
     }
 
@@ -347,7 +348,7 @@ impl Engine {
             return Seen::OthersAtWork;
         }
         if self.jobs() > 0 {
-            return if self.drive() { Seen::Activity } else { Seen::OthersAtWork };
+            return if self.drive().is_some() { Seen::Activity } else { Seen::OthersAtWork };
         }
         let Some(mut guard) = self.state.try_lock() else { return Seen::OthersAtWork };
         let Some(state) = guard.as_mut() else { return Seen::Nothing };
@@ -358,7 +359,7 @@ impl Engine {
     /// Drives until none of the peer's jobs is left or `deadline` has passed.
     pub(super) fn settle(&self, remote: &Remote, deadline: Instant) {
         while remote.jobs() > 0 && Instant::now() < deadline {
-            if !self.drive() {
+            if self.drive() != Some(true) {
                 std::thread::sleep(Duration::from_micros(20));
             }
         }
@@ -369,7 +370,7 @@ impl Engine {
         self.closing.store(true, Ordering::Release);
         let deadline = Instant::now() + GRACE + Duration::from_millis(500);
         while self.jobs.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
-            if !self.drive() {
+            if self.drive() != Some(true) {
                 std::thread::sleep(Duration::from_micros(20));
             }
         }
@@ -425,11 +426,11 @@ impl Engine {
         f(state)
     }
 
-    /// One turn of every job; false when nothing moved, or somebody else is at it.
-    fn drive(&self) -> bool {
-        let Some(mut guard) = self.state.try_lock() else { return false };
+    /// One turn of every job: whether anything moved, or `None` when somebody else is at it.
+    fn drive(&self) -> Option<bool> {
+        let mut guard = self.state.try_lock()?;
         self.driven.store(self.now(), Ordering::Relaxed);
-        let Some(state) = guard.as_mut() else { return false };
+        let Some(state) = guard.as_mut() else { return Some(false) };
         state.collect(&self.inbox);
         let (ended, moved) = state.drive(self.is_closing());
         if state.retired.len() > MAX_RETIRED {
@@ -437,7 +438,7 @@ impl Engine {
         }
         drop(guard);
         self.finish_all(&ended);
-        moved
+        Some(moved)
     }
 
     /// After [`State::after`], without the lock.

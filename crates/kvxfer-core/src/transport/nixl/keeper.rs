@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// After the last activity it looks without sleeping for this long.
 const HOT: Duration = Duration::from_micros(100);
 /// Sleep while somebody else drives.
-const ASIDE: Duration = Duration::from_micros(500);
+const ASIDE: Duration = Duration::from_millis(1);
 /// Longest sleep.
 const COLD: Duration = Duration::from_millis(5);
 
