@@ -6,8 +6,10 @@
 //! peer on another host the data connections decide, which our transports have closed.
 
 use super::Peer;
+use super::links::Path;
 use super::peer::PeerInner;
 use super::progress::Progress;
+use crate::transport::TransportKind;
 use kvxfer_proto::ErrorCode;
 use kvxfer_proto::frame::Decoder;
 use kvxfer_proto::handshake::printable;
@@ -135,7 +137,10 @@ impl Progress {
             peer.conn.finish();
         }
         let their_word = entry.quiet || entry.dead;
-        if !(idle && peer.paths.iter().all(|p| p.link.fenced() || (their_word && p.caps.same_host))) {
+        // NIXL tells nothing about its connections, so there the peer's word counts from other hosts as well: its requests
+        // have ended, or the kernel that closed its control connection has closed its data connections too.
+        let by_word = |p: &Path| p.caps.same_host || p.candidate.kind == TransportKind::Nixl;
+        if !(idle && peer.paths.iter().all(|p| p.link.fenced() || (their_word && by_word(p)))) {
             return false;
         }
         self.peers.remove(&id);

@@ -65,6 +65,8 @@ pub(super) struct Engine {
     /// Jobs not finished.
     jobs: AtomicUsize,
     links: AtomicUsize,
+    /// Those of them whose peers need help.
+    helped: AtomicUsize,
     closing: AtomicBool,
     origin: Instant,
     /// Threads inside [`Engine::assist`].
@@ -129,6 +131,7 @@ impl Engine {
             inbox: SegQueue::new(),
             jobs: AtomicUsize::new(0),
             links: AtomicUsize::new(0),
+            helped: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
             waiters: AtomicUsize::new(0),
             origin: Instant::now(),
@@ -353,7 +356,10 @@ impl Engine {
         let Some(mut guard) = self.state.try_lock() else { return Seen::OthersAtWork };
         let Some(state) = guard.as_mut() else { return Seen::Nothing };
         state.retired.clear();
-        if state.progress() { Seen::Activity } else { Seen::Nothing }
+        // The library does not say whether it did anything. A look that finds nothing takes a microsecond, and ten when
+        // the caches are cold; a small message over a socket takes as long.
+        let busy = if self.helps() { Duration::from_micros(6) } else { Duration::from_micros(50) };
+        if state.progress() > busy { Seen::Activity } else { Seen::Nothing }
     }
 
     /// Drives until none of the peer's jobs is left or `deadline` has passed.
@@ -389,11 +395,17 @@ impl Engine {
         self.drive();
     }
 
-    pub(super) fn link_begins(&self) {
+    pub(super) fn link_begins(&self, needs_help: bool) {
         self.links.fetch_add(1, Ordering::AcqRel);
+        self.helped.fetch_add(usize::from(needs_help), Ordering::AcqRel);
     }
-    pub(super) fn link_ends(&self) {
+    pub(super) fn link_ends(&self, needs_help: bool) {
         self.links.fetch_sub(1, Ordering::AcqRel);
+        self.helped.fetch_sub(usize::from(needs_help), Ordering::AcqRel);
+    }
+    /// Some peer's transfers run over sockets and need this side's help.
+    pub(super) fn helps(&self) -> bool {
+        self.helped.load(Ordering::Acquire) > 0
     }
     /// Peers connected, or being connected.
     pub(super) fn links(&self) -> usize {
@@ -582,17 +594,17 @@ impl State {
         Ok(ticket.encode())
     }
 
-    /// Lets NIXL do what peers asked for and answers their greetings. True when it looks as if something happened.
-    fn progress(&mut self) -> bool {
+    /// Lets NIXL do what peers asked for and answers their greetings. Gives the time it took; a long one when a peer
+    /// greeted.
+    fn progress(&mut self) -> Duration {
         let start = Instant::now();
-        let Ok(mut map) = NotificationMap::new() else { return false };
+        let Ok(mut map) = NotificationMap::new() else { return Duration::ZERO };
         if self.agent.get_notifications(&mut map, None).is_err() {
-            return false;
+            return Duration::ZERO;
         }
-        // The library does not say whether it did anything; an idle look takes less than this.
-        let busy = start.elapsed() > Duration::from_micros(5);
+        let took = start.elapsed();
         if map.is_empty().unwrap_or(true) {
-            return self.answer() || busy;
+            return if self.answer() { Duration::MAX } else { took };
         }
         let names: Vec<String> = map.agents().flatten().map(str::to_owned).collect();
         for name in names {
@@ -603,7 +615,7 @@ impl State {
             }
         }
         self.answer();
-        true
+        Duration::MAX
     }
 
     /// Answers the peers that have greeted and that this side can reach by now.

@@ -31,6 +31,8 @@ pub(super) struct NixlLink {
     imports: Mutex<Imports>,
     inline_bytes: u64,
     description: String,
+    /// The peer's transfers need this side's help: they run over sockets.
+    needs_help: bool,
 }
 
 /// What jobs need to know of the peer.
@@ -154,9 +156,10 @@ impl NixlLink {
         offer: Vec<u8>,
         inline_bytes: u64,
         description: String,
+        needs_help: bool,
     ) -> Self {
-        engine.link_begins();
-        Self { engine, remote, offer, imports: Mutex::default(), inline_bytes, description }
+        engine.link_begins(needs_help);
+        Self { engine, remote, offer, imports: Mutex::default(), inline_bytes, description, needs_help }
     }
 
     /// Makes the peer known to NIXL.
@@ -288,6 +291,6 @@ impl Drop for NixlLink {
         if !self.remote.closed() {
             self.close();
         }
-        self.engine.link_ends();
+        self.engine.link_ends(self.needs_help);
     }
 }

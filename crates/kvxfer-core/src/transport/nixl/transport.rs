@@ -12,6 +12,7 @@ use kvxfer_proto::{AgentName, Epoch, ErrorCode, Integrity, RegionId};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -180,9 +181,18 @@ impl Transport for NixlTransport {
         }
         let process = if peer.same_host { process_of(peer.host.pid) } else { None };
         let remote = Arc::new(Remote::new(peer.name.clone(), offer.name.clone(), peer.session, process));
-        let description = self.describe(running, peer, &offer);
+        let under = self.under(running, peer, &offer);
+        let description = self.describe(running, under);
+        let needs_help = matches!(under, Under::Sockets | Under::Unknown);
         // From here on dropping the link takes back what was done.
-        let link = NixlLink::new(Arc::clone(engine), remote, offer.metadata, self.inline_bytes, description);
+        let link = NixlLink::new(
+            Arc::clone(engine),
+            remote,
+            offer.metadata,
+            self.inline_bytes,
+            description,
+            needs_help,
+        );
         link.connect()?;
         self.keeper.attend(engine).map_err(|e| {
             Error::system("start the thread kvxfer-nixl", e, "check the limit on threads (ulimit -u)")
@@ -219,19 +229,39 @@ impl Transport for NixlTransport {
 }
 
 impl NixlTransport {
-    /// NIXL does not say which of UCX's transports carries a connection. UCX takes RDMA before sockets, and CMA
-    /// before both within a host; so between hosts that both have a usable RDMA port it is RDMA.
-    fn describe(&self, running: &Running, peer: &PeerInfo, offer: &Offer) -> String {
-        let under = if peer.same_host {
-            ""
+    /// What a connection to that peer runs over. NIXL does not say: UCX takes CMA before RDMA and RDMA before sockets
+    /// where both sides have it and `UCX_TLS` does not forbid it.
+    fn under(&self, running: &Running, peer: &PeerInfo, offer: &Offer) -> Under {
+        if self.config.backends != ["UCX"] {
+            Under::Unknown
+        } else if peer.same_host && ucx_may_use(&["cma", "sm", "shm"]) {
+            Under::Cma
         } else if running.rdma && offer.rdma {
-            ", rdma"
+            Under::Rdma
         } else {
-            ", sockets"
-        };
+            Under::Sockets
+        }
+    }
+
+    fn describe(&self, running: &Running, under: Under) -> String {
         let version = running.library.version.as_deref().map(|v| format!(" {v}")).unwrap_or_default();
+        let under = match under {
+            Under::Cma => ", cma",
+            Under::Rdma => ", rdma",
+            Under::Sockets => ", sockets",
+            Under::Unknown => "",
+        };
         format!("NIXL{version} {}{under}", self.config.backends.join("+"))
     }
+}
+
+/// What carries the bytes below NIXL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Under {
+    Cma,
+    Rdma,
+    Sockets,
+    Unknown,
 }
 
 impl Drop for NixlTransport {
@@ -248,21 +278,43 @@ fn process_of(pid: u32) -> Option<OwnedFd> {
 
 /// An RDMA port is active here and `UCX_TLS` does not keep UCX from it.
 fn rdma_here() -> bool {
-    let allowed = std::env::var("UCX_TLS").map_or(true, |tls| {
-        let named = tls.trim_start_matches('^').split(',').any(|t| {
-            matches!(
-                t.trim(),
-                "all" | "ib" | "rc" | "rc_v" | "rc_x" | "rc_verbs" | "rc_mlx5" | "dc" | "dc_x" | "dc_mlx5"
-            )
-        });
-        named != tls.starts_with('^')
-    });
-    let folders = |path: &std::path::Path| {
+    let inside = |path: &Path| {
         std::fs::read_dir(path).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>()
     };
-    allowed
-        && folders("/sys/class/infiniband".as_ref())
+    ucx_may_use(&["ib", "rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5"])
+        && inside("/sys/class/infiniband".as_ref())
             .iter()
-            .flat_map(|device| folders(&device.join("ports")))
+            .flat_map(|device| inside(&device.join("ports")))
             .any(|port| std::fs::read_to_string(port.join("state")).is_ok_and(|s| s.contains("ACTIVE")))
+}
+
+/// `UCX_TLS` allows one of these.
+fn ucx_may_use(transports: &[&str]) -> bool {
+    std::env::var("UCX_TLS").map_or(true, |tls| allowed(&tls, transports))
+}
+
+fn allowed(tls: &str, transports: &[&str]) -> bool {
+    let (list, negated) = tls.strip_prefix('^').map_or((tls, false), |rest| (rest, true));
+    let named = list.split(',').map(str::trim).any(|t| t == "all" || transports.contains(&t));
+    named != negated
+}
+
+#[cfg(test)]
+mod tests {
+    use super::allowed;
+
+    #[test]
+    fn ucx_tls_is_read_as_ucx_does() {
+        let cma = ["cma", "sm", "shm"];
+        for (tls, may) in [
+            ("all", true),
+            ("tcp", false),
+            ("tcp, cma", true),
+            ("sm,rc", true),
+            ("^tcp", true),
+            ("^sm", false),
+        ] {
+            assert_eq!(allowed(tls, &cma), may, "{tls}");
+        }
+    }
 }
