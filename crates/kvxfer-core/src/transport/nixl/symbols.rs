@@ -123,17 +123,22 @@ mod tests {
     use std::path::PathBuf;
     use std::process::Command;
 
+    fn output(program: &str, default: &str, args: &[&str]) -> String {
+        let program = std::env::var_os(program).unwrap_or_else(|| default.into());
+        let out = Command::new(&program).args(args).output().expect("the toolchain that built this test is here");
+        assert!(out.status.success(), "{program:?} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).expect("text")
+    }
+
     /// Folder of the `nixl-sys` this build was resolved to.
     fn nixl_sys() -> PathBuf {
-        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let out = Command::new(cargo)
-            .args(["metadata", "--format-version", "1", "--offline", "--manifest-path"])
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
-            .output()
-            .expect("cargo metadata runs");
-        assert!(out.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&out.stderr));
+        let version = output("RUSTC", "rustc", &["-vV"]);
+        let host = version.lines().find_map(|l| l.strip_prefix("host: ")).expect("rustc names its host");
+        // Of this platform only: the other platforms' dependencies have not been downloaded.
+        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+        let args = ["metadata", "--format-version=1", "--offline", "--filter-platform", host, "--manifest-path", manifest];
         let metadata: serde_json::Value =
-            serde_json::from_slice(&out.stdout).expect("cargo metadata is JSON");
+            serde_json::from_str(&output("CARGO", "cargo", &args)).expect("cargo metadata is JSON");
         let package = metadata["packages"]
             .as_array()
             .and_then(|all| all.iter().find(|p| p["name"] == "nixl-sys"))
