@@ -79,6 +79,20 @@ impl Far {
     }
 }
 
+impl Far {
+    /// Stops the child and returns once every one of its threads has stopped.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        until("every thread of the child to stop", || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+            tasks.flatten().all(|t| {
+                let stat = std::fs::read_to_string(t.path().join("stat")).unwrap_or_default();
+                stat.rsplit(") ").next().is_some_and(|s| s.starts_with('T'))
+            })
+        });
+    }
+}
+
 impl Drop for Far {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -110,14 +124,18 @@ fn a_killed_peer_ends_every_transfer() {
     for op in [Op::Write, Op::Read] {
         let mut far = Far::new(Duration::from_secs(10));
         let mine = filled(LEN, 1);
-        let trackers: Vec<_> =
-            (0..100).map(|_| start(&far.link, op, &mine, far.key, &all(), Integrity::Full).1).collect();
+        let begin = || start(&far.link, op, &mine, far.key, &all(), Integrity::Full).1;
+        let mut trackers: Vec<_> = (0..20).map(|_| begin()).collect();
         until("the first transfer", || trackers[0].is_finished());
+        // Stopped first, so that something is certainly under way when it dies.
+        far.stop();
+        trackers.extend((0..4).map(|_| begin()));
         far.child.kill().unwrap();
         for t in &trackers {
             wait(t);
         }
-        assert_eq!(trackers[99].error(), Some(ErrorCode::PeerGone), "{:?}", trackers[99].detail());
+        let last = &trackers[23];
+        assert_eq!(last.error(), Some(ErrorCode::PeerGone), "{:?}", last.detail());
         assert_eq!(far.link.broken(), Some(ErrorCode::PeerGone));
     }
 }
@@ -126,7 +144,7 @@ fn a_killed_peer_ends_every_transfer() {
 fn with_a_stopped_peer_reads_can_be_cancelled_and_close_ends_the_rest() {
     let far = Far::new(Duration::from_secs(600));
     let mine = filled(LEN, 1);
-    far.signal(Signal::STOP);
+    far.stop();
     let (write_id, write) = start(&far.link, Op::Write, &mine, far.key, &all(), Integrity::Full);
     let (read_id, read) = start(&far.link, Op::Read, &zeroed(LEN), far.key, &all(), Integrity::Full);
     std::thread::sleep(Duration::from_millis(100));
@@ -148,7 +166,7 @@ fn with_a_stopped_peer_reads_can_be_cancelled_and_close_ends_the_rest() {
 fn a_stopped_peer_is_given_up_after_its_timeout() {
     let far = Far::new(Duration::from_secs(1));
     let mine = filled(LEN, 1);
-    far.signal(Signal::STOP);
+    far.stop();
     let (_, t) = start(&far.link, Op::Write, &mine, far.key, &all(), Integrity::Full);
     wait(&t);
     assert_eq!(t.error(), Some(ErrorCode::PeerGone), "{:?}", t.detail());
@@ -195,7 +213,22 @@ fn leave_nothing_behind() {
     }
     // A joined thread shows in /proc for a moment longer, so also the first count may have one too many; five rounds
     // that leave something behind leave more than that.
-    until("the end of every thread and descriptor", || count("task") <= before.0 && count("fd") <= before.1);
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while count("task") > before.0 || count("fd") > before.1 {
+        assert!(std::time::Instant::now() < deadline, "more than {before:?}: {:?}", left());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Names of the threads and targets of the descriptors that are there.
+fn left() -> Vec<String> {
+    let names = |what: &str, name: &dyn Fn(std::path::PathBuf) -> std::io::Result<String>| {
+        let entries = std::fs::read_dir(format!("/proc/self/{what}")).unwrap();
+        entries.flatten().filter_map(|e| name(e.path()).ok()).collect::<Vec<_>>()
+    };
+    let mut all = names("task", &|p| std::fs::read_to_string(p.join("comm")).map(|s| s.trim().to_owned()));
+    all.extend(names("fd", &|p| std::fs::read_link(p).map(|t| t.display().to_string())));
+    all
 }
 
 fn meet_the_fd_limit() {

@@ -161,13 +161,12 @@ impl Engine {
         }
         finish(finished);
         for (worker, thread) in workers {
-            worker.stop.store(true, Ordering::Release);
+            worker.stop.store(true, Ordering::SeqCst);
             worker.wake();
             // A hook that shuts the agent down runs on the thread itself, which ends by itself afterwards.
             if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
                 tracing::error!("a tcp I/O thread panicked");
             }
-            worker.clear();
         }
     }
 }
@@ -240,19 +239,13 @@ impl Worker {
             {
                 let mut ready = self.ready.lock();
                 // A stopped worker takes nothing out any more: lane and worker would keep each other for ever.
-                if self.stop.load(Ordering::Acquire) {
+                if self.stop.load(Ordering::SeqCst) {
                     return;
                 }
                 ready.push_back(lane.clone());
             }
             self.wake();
         }
-    }
-
-    /// Lets go of what was queued too late. The thread has stopped, or is the caller.
-    fn clear(&self) {
-        let late = std::mem::take(&mut *self.ready.lock());
-        drop(late);
     }
 
     fn wake(&self) {
@@ -287,6 +280,8 @@ impl Worker {
             }
             self.expire(&mut scratch.finished);
         }
+        // What was queued too late; from here on `kick` refuses.
+        drop(std::mem::take(&mut *self.ready.lock()));
     }
 
     /// Collects events; sleeps when there is nothing else to do.
