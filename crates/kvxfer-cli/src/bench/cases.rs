@@ -166,7 +166,7 @@ impl Plan {
             integrity: args.integrity.iter().map(|i| (*i).into()).collect(),
             bytes,
             reps: args.reps.unwrap_or(if args.quick { 3 } else { 7 }),
-            budget: Duration::from_millis(if args.quick { 450 } else { 2200 }),
+            budget: Duration::from_millis(if args.quick { 400 } else { 1200 }),
             quick: args.quick,
             sections: args.only.clone(),
         })

@@ -127,12 +127,12 @@ type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBacke
 
 fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, sizes: &[u64], series: &[Series]) -> Drawn<'a> {
     let top = series.iter().flat_map(|s| &s.points).map(|p| p.1).fold(1.0, f64::max) * 1.08;
-    let label = TextStyle::from(("sans-serif", 13).into_font()).color(&TEXT);
+    let label = TextStyle::from(("sans-serif", 17).into_font()).color(&TEXT);
     let mut chart = ChartBuilder::on(area)
         .margin(8)
         .margin_right(28)
-        .x_label_area_size(30)
-        .y_label_area_size(48)
+        .x_label_area_size(34)
+        .y_label_area_size(60)
         .build_cartesian_2d(0.0..(sizes.len() - 1) as f64, 0.0..top)?;
     chart
         .configure_mesh()
