@@ -125,7 +125,8 @@ mod tests {
 
     fn output(program: &str, default: &str, args: &[&str]) -> String {
         let program = std::env::var_os(program).unwrap_or_else(|| default.into());
-        let out = Command::new(&program).args(args).output().expect("the toolchain that built this test is here");
+        let out =
+            Command::new(&program).args(args).output().expect("the toolchain that built this test is here");
         assert!(out.status.success(), "{program:?} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
         String::from_utf8(out.stdout).expect("text")
     }
@@ -136,7 +137,15 @@ mod tests {
         let host = version.lines().find_map(|l| l.strip_prefix("host: ")).expect("rustc names its host");
         // Of this platform only: the other platforms' dependencies have not been downloaded.
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
-        let args = ["metadata", "--format-version=1", "--offline", "--filter-platform", host, "--manifest-path", manifest];
+        let args = [
+            "metadata",
+            "--format-version=1",
+            "--offline",
+            "--filter-platform",
+            host,
+            "--manifest-path",
+            manifest,
+        ];
         let metadata: serde_json::Value =
             serde_json::from_str(&output("CARGO", "cargo", &args)).expect("cargo metadata is JSON");
         let package = metadata["packages"]
