@@ -16,6 +16,7 @@ pub mod handshake;
 pub mod ids;
 pub mod integrity;
 pub mod layout;
+pub mod notify;
 pub mod plan;
 pub mod pool;
 pub mod receiver;

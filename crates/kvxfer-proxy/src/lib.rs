@@ -1,1 +1,11 @@
-//! The disaggregated-prefill proxy: one OpenAI endpoint in front of prefillers and decoders.
+//! The disaggregated-prefill proxy: one `OpenAI` endpoint in front of prefillers and decoders.
+//!
+//! A request goes to a prefiller for its first token, waits until the decoder holds its KV cache, and continues at the
+//! decoder; the client sees one answer, as from a single server. What is decided without a socket lives in pure modules
+//! (the router, [`openai`], [`stats`]); the server drives them.
+#![forbid(unsafe_code)]
+
+pub mod dashboard;
+pub mod metrics;
+pub mod openai;
+pub mod stats;

@@ -1,0 +1,1 @@
+//! The `OpenAI` face: requests taken apart and built, answers joined.

@@ -1,0 +1,1 @@
+//! Time-to-first-token statistics and the timeline of a request.
