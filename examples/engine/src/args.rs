@@ -7,28 +7,34 @@ use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Largest vocabulary, model or chunk that a slip of the pen should get.
+/// Largest chunk, in tokens.
 const MAX_CHUNK: u64 = 1 << 16;
 
-/// Serves a Llama on the CPU with vLLM's HTTP endpoints, alone or as prefiller and decoder that hand the KV cache over
-/// with kvxfer.
-///
-/// Alone:
-///
-///   kvxfer-engine --port 8000
-///
-/// One prefiller and one decoder behind `kvxfer proxy` (the ports are those of the disaggregated-prefill guides):
-///
-///   kvxfer-engine --role decode  --port 8200 --kv-port 7300
-///   kvxfer-engine --role prefill --port 8100 --proxy-port 7500
-///   kvxfer proxy --port 9000 --prefiller-port 8100 --decoder-port 8200 --decoder-init-port 7300 --decoder-alloc-port 7400
-///
-/// A request to a prefiller names its decoder: kv_transfer_params.disagg_spec with req_id, receiver_host and
-/// receiver_init_port (the decoder's --kv-host and --kv-port). All instances of one model must have the same weights,
-/// --chunk and model length; kvxfer refuses to connect them otherwise. KVXFER_* variables (KVXFER_TRANSPORTS=tcp,
-/// KVXFER_AUTH_KEY, KVXFER_CONFIG, ...) set up the transfer as for every program that uses kvxfer.
+const ABOUT: &str = "\
+Serves a Llama on the CPU with vLLM's HTTP endpoints, alone or as prefiller and decoder
+that hand the KV cache over with kvxfer.
+
+Alone:
+
+  kvxfer-engine --port 8000
+  curl localhost:8000/v1/completions -d '{\"prompt\": \"Tell me a story\", \"max_tokens\": 40}'
+
+One prefiller and one decoder behind the proxy (ports as in the disaggregated-prefill guides):
+
+  kvxfer-engine --role decode  --port 8200 --kv-port 7300
+  kvxfer-engine --role prefill --port 8100 --proxy-port 7500
+  kvxfer proxy --port 9000 --prefiller-port 8100 --decoder-port 8200 \\
+      --decoder-init-port 7300 --decoder-alloc-port 7400 --proxy-port 7500
+
+A request to a prefiller names its decoder: kv_transfer_params.disagg_spec with req_id,
+receiver_host and receiver_init_port, which are the decoder's --kv-host and --kv-port.
+All instances need the same weights and --chunk; otherwise kvxfer refuses to connect them.
+KVXFER_* variables (KVXFER_TRANSPORTS=tcp, KVXFER_AUTH_KEY, KVXFER_CONFIG, ...) set up the
+transfer, RUST_LOG the log, as for every program that uses kvxfer.";
+
+/// The command line's settings.
 #[derive(Parser, Debug)]
-#[command(name = "kvxfer-engine", version, verbatim_doc_comment)]
+#[command(name = "kvxfer-engine", version, about = "A small Llama engine on the CPU, disaggregated by kvxfer", long_about = ABOUT)]
 pub(crate) struct Args {
     /// Folder of a Llama from Hugging Face: config.json, *.safetensors, tokenizer.json
     #[arg(long, value_name = "FOLDER", conflicts_with = "random", help_heading = "Model")]

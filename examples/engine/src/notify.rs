@@ -1,4 +1,4 @@
-//! Word to the proxy: one ZeroMQ PUSH message per request, when its cache has arrived or will not.
+//! Word to the proxy: one `ZeroMQ` PUSH message per request, when its cache has arrived or will not.
 
 use kvxfer_proto::notify::{self, Notification};
 use std::time::{Duration, Instant};
@@ -44,7 +44,12 @@ impl Notifier {
             let deadline = Instant::now() + DEADLINE;
             while let Err(problem) = push(&endpoint, bytes.clone()).await {
                 if Instant::now() + PAUSE > deadline {
-                    tracing::error!(endpoint, problem, request = notification.req_id(), "cannot tell the proxy");
+                    tracing::error!(
+                        endpoint,
+                        problem,
+                        request = notification.req_id(),
+                        "cannot tell the proxy"
+                    );
                     return;
                 }
                 tokio::time::sleep(PAUSE).await;

@@ -145,7 +145,8 @@ fn draw(sampling: &Sampling, logits: Vec<f32>, u: f32) -> u32 {
 
 /// In 0..1, the same for the same arguments.
 fn uniform(seed: u64, choice: u64, position: u64) -> f32 {
-    let mut x = seed ^ choice.wrapping_mul(0xd6e8_feb8_6659_fd93) ^ position.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut x =
+        seed ^ choice.wrapping_mul(0xd6e8_feb8_6659_fd93) ^ position.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for _ in 0..2 {
         x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -147,13 +147,11 @@ impl Scheduler {
         Ok(Self { jobs, stats, limits })
     }
 
-    /// Queues a prompt. `Err` when the queue is full: the job comes back.
-    pub(crate) fn submit(&self, job: Job) -> Result<(), Job> {
+    /// Queues a prompt. False when the queue is full or the thread has ended.
+    pub(crate) fn submit(&self, job: Job) -> bool {
         let room = |n| (n < self.limits.queue).then_some(n + 1);
-        if self.stats.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).is_err() {
-            return Err(job);
-        }
-        self.jobs.send((job, Instant::now())).map_err(|e| e.0.0)
+        self.stats.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).is_ok()
+            && self.jobs.send((job, Instant::now())).is_ok()
     }
 
     /// Tokens of cache a prompt would hold.
@@ -354,7 +352,9 @@ impl Worker {
             sequence.score_prompt(&rows);
             sequence.computed += n;
             sequence.hand_over(self.model.shape().tokens);
-            let Some(row) = rows.last().filter(|_| sequence.computed == sequence.tokens.len()) else { continue };
+            let Some(row) = rows.last().filter(|_| sequence.computed == sequence.tokens.len()) else {
+                continue;
+            };
             let siblings = std::mem::take(&mut sequence.siblings);
             let share = sequence.reserved / (siblings + 1);
             for i in 0..siblings {
@@ -461,7 +461,11 @@ impl Sequence {
         let shared = self.shared.clone();
         let Shared { params, prompt_len, eos, .. } = &*shared;
         let (prompt, output) = self.tokens.split_at(*prompt_len);
-        let banned = if output.len() < params.min_tokens { [&eos[..], &params.stop_tokens].concat() } else { Vec::new() };
+        let banned = if output.len() < params.min_tokens {
+            [&eos[..], &params.stop_tokens].concat()
+        } else {
+            Vec::new()
+        };
         let (choice, position) = (self.choice as u64, self.tokens.len() as u64);
         let Choice { token, logprobs } =
             sample(&params.sampling, logits, prompt, output, &banned, choice, position);
@@ -496,7 +500,7 @@ impl Sequence {
             self.over = true;
             stats.finished.fetch_add(1, Ordering::Relaxed);
         }
-        let step = Step { choice: self.choice, token, text: out, logprobs, finish };
-        let _ = shared.events.send(Event::Token(step));
+        let event = Event::Token(Step { choice: self.choice, token, text: out, logprobs, finish });
+        let _ = shared.events.send(event);
     }
 }

@@ -1,5 +1,7 @@
 //! Text to tokens and back: a model's own tokenizer, or one token per byte; chat templates; text that grows token by token.
 
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -10,8 +12,7 @@ pub(crate) const BYTE_EOS: u32 = 257;
 /// Tokens of the byte vocabulary.
 pub(crate) const BYTE_VOCAB: usize = 258;
 /// Used where the model brings no template.
-const PLAIN_TEMPLATE: &str =
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+const PLAIN_TEMPLATE: &str = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
 /// Tokens of context that a piece of text needs so that it decodes as it would in the whole.
 const CONTEXT: usize = 6;
 
@@ -21,7 +22,6 @@ pub(crate) struct Text {
     template: Environment<'static>,
     bos: String,
     eos: String,
-    specials: Vec<u32>,
 }
 
 enum Kind {
@@ -37,7 +37,6 @@ impl Text {
             template: environment(PLAIN_TEMPLATE)?,
             bos: String::new(),
             eos: String::new(),
-            specials: vec![BYTE_BOS, BYTE_EOS],
         })
     }
 
@@ -64,10 +63,7 @@ impl Text {
             Value::String(text) => text.clone(),
             other => other["content"].as_str().unwrap_or_default().to_owned(),
         };
-        let specials =
-            tokenizer.get_added_tokens_decoder().into_iter().filter(|(_, t)| t.special).map(|(id, _)| id);
         Ok(Self {
-            specials: specials.collect(),
             kind: Kind::HuggingFace(Box::new(tokenizer)),
             template: environment(template.as_deref().unwrap_or(PLAIN_TEMPLATE))
                 .map_err(|e| format!("chat template of {}: {e}", folder.display()))?,
@@ -115,11 +111,6 @@ impl Text {
         }
     }
 
-    /// True for tokens that mark something and say nothing.
-    pub(crate) fn is_special(&self, token: u32) -> bool {
-        self.specials.contains(&token)
-    }
-
     /// The prompt of a conversation.
     pub(crate) fn chat(
         &self,
@@ -128,7 +119,8 @@ impl Text {
         tools: Option<&Value>,
         more: Option<&Map<String, Value>>,
     ) -> Result<String, String> {
-        let messages = messages.iter().enumerate().map(|(i, m)| message(i, m)).collect::<Result<Vec<_>, _>>()?;
+        let messages =
+            messages.iter().enumerate().map(|(i, m)| message(i, m)).collect::<Result<Vec<_>, _>>()?;
         if messages.is_empty() {
             return Err("messages is empty; at least one is needed".into());
         }
@@ -141,15 +133,15 @@ impl Text {
             context.insert("tools".into(), tools.clone());
         }
         let template = self.template.get_template("chat").map_err(|e| e.to_string())?;
-        template.render(Value::Object(context)).map_err(|e| format!("the chat template failed: {e:#}"))
+        template.render(Serde(context)).map_err(|e| format!("the chat template failed: {e:#}"))
     }
 }
 
 /// As Hugging Face sets its templates up.
 fn environment(template: &str) -> Result<Environment<'static>, String> {
     let mut env = Environment::new();
-    env.set_trim_blocks(true);
-    env.set_lstrip_blocks(true);
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    env.set_syntax(syntax.map_err(|e| e.to_string())?);
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.add_function("raise_exception", |text: String| -> Result<String, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
@@ -242,7 +234,10 @@ impl Stopping {
             return (std::mem::take(&mut self.held), Some(stop));
         }
         let keep = self.longest.saturating_sub(1).min(self.held.len());
-        let cut = self.held.floor_char_boundary(self.held.len() - keep);
+        let mut cut = self.held.len() - keep;
+        while !self.held.is_char_boundary(cut) {
+            cut -= 1;
+        }
         let rest = self.held.split_off(cut);
         (std::mem::replace(&mut self.held, rest), None)
     }
@@ -278,7 +273,8 @@ mod tests {
     fn the_plain_template_and_its_refusals() {
         let text = Text::bytes().unwrap();
         let parts = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]});
-        let prompt = text.chat(&[json!({"role": "system", "content": "s"}), parts], true, None, None).unwrap();
+        let prompt =
+            text.chat(&[json!({"role": "system", "content": "s"}), parts], true, None, None).unwrap();
         assert_eq!(prompt, "system: s\nuser: a\nb\nassistant:");
         for bad in [json!("text"), json!({"content": "no role"}), json!({"role": "user", "content": 7})] {
             assert!(text.chat(&[bad], true, None, None).is_err());

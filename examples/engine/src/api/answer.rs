@@ -1,4 +1,4 @@
-//! Answers in OpenAI's shapes, whole or as a stream of server-sent events.
+//! Answers in `OpenAI`'s shapes, whole or as a stream of server-sent events.
 
 use super::Service;
 use super::error::ApiError;
@@ -84,7 +84,8 @@ impl Answer {
             answer["kv_transfer_params"] = json!({ "first_tok": first_tok });
         }
         if self.ask.chat {
-            answer["prompt_token_ids"] = if self.ask.token_ids { json!(self.ask.prompts[0]) } else { Value::Null };
+            answer["prompt_token_ids"] =
+                if self.ask.token_ids { json!(self.ask.prompts[0]) } else { Value::Null };
             answer["prompt_logprobs"] = prompt_scores.map_or(Value::Null, |s| self.prompt_logprobs(0, &s));
         }
         Ok(answer)
@@ -177,18 +178,19 @@ impl Answer {
         let logprobs = self.logprobs(&mut delta);
         choice.offset = delta.offset;
         choice.tokens.push(token);
-        let (reason, stop) = finish.clone().map_or((Value::Null, Value::Null), |f| (f.reason.into(), f.stop));
+        let (reason, cause) =
+            finish.clone().map_or((Value::Null, Value::Null), |f| (f.reason.into(), f.stop));
         choice.last = delta.last.take();
         let mut body = json!({"index": index, "logprobs": logprobs, "finish_reason": reason});
         body["token_ids"] = if self.ask.token_ids { json!([token]) } else { Value::Null };
         if self.ask.chat {
             body["delta"] = json!({"content": delta.text});
             if finish.is_some() {
-                body["stop_reason"] = stop;
+                body["stop_reason"] = cause;
             }
         } else {
             body["text"] = delta.text.into();
-            body["stop_reason"] = stop;
+            body["stop_reason"] = cause;
             body["prompt_token_ids"] =
                 if first && self.ask.token_ids { json!(self.ask.prompts[prompt]) } else { Value::Null };
         }
@@ -250,7 +252,10 @@ impl Answer {
             choice.offset += name.chars().count();
             own.push(scores.as_ref().and_then(|s| s.first()).map(|s| s.1.max(-9999.0)));
             tops.push(scores.map(|s| {
-                s.into_iter().take(top + 1).map(|(t, v)| (self.token(t), json!(v.max(-9999.0)))).collect::<Map<_, _>>()
+                s.into_iter()
+                    .take(top + 1)
+                    .map(|(t, v)| (self.token(t), json!(v.max(-9999.0))))
+                    .collect::<Map<_, _>>()
             }));
             tokens.push(name);
         }

@@ -1,4 +1,4 @@
-//! Errors as OpenAI's clients expect them.
+//! Errors as `OpenAI`'s clients expect them.
 
 use axum::Json;
 use axum::http::{StatusCode, header};

@@ -92,7 +92,12 @@ async fn chat_completions(State(service): State<Service>, headers: HeaderMap, bo
     generate(service, &headers, &body, true).await.unwrap_or_else(IntoResponse::into_response)
 }
 
-async fn generate(service: Service, headers: &HeaderMap, body: &[u8], chat: bool) -> Result<Response, ApiError> {
+async fn generate(
+    service: Service,
+    headers: &HeaderMap,
+    body: &[u8],
+    chat: bool,
+) -> Result<Response, ApiError> {
     let body = Body::parse(body)?;
     let model = body.model.clone().unwrap_or_else(|| service.names[0].clone());
     let ask = body.check(&service, chat)?;
@@ -110,9 +115,11 @@ async fn generate(service: Service, headers: &HeaderMap, body: &[u8], chat: bool
             target: ask.target.clone(),
             events: sender,
         };
-        service.scheduler.submit(job).map_err(|_| {
-            ApiError::busy("too many requests are waiting; try again later or start the engine with a larger --max-queue")
-        })?;
+        if !service.scheduler.submit(job) {
+            return Err(ApiError::busy(
+                "too many requests are waiting; try again later or start the engine with a larger --max-queue",
+            ));
+        }
         events.push(receiver);
     }
     let stream = ask.stream;
@@ -146,8 +153,8 @@ async fn tokenize(State(service): State<Service>, body: Bytes) -> Result<Json<Va
         .text
         .encode(&prompt, ask.add_special_tokens.unwrap_or(special))
         .map_err(|e| ApiError::bad("prompt", e))?;
-    let names: Option<Vec<_>> = (ask.return_token_strs == Some(true))
-        .then(|| tokens.iter().map(|t| service.text.name(*t)).collect());
+    let names: Option<Vec<_>> =
+        (ask.return_token_strs == Some(true)).then(|| tokens.iter().map(|t| service.text.name(*t)).collect());
     Ok(Json(json!({
         "count": tokens.len(),
         "max_model_len": service.scheduler.limits.positions,
@@ -161,7 +168,10 @@ async fn detokenize(State(service): State<Service>, body: Bytes) -> Result<Json<
     service.check_model(ask.model.as_deref())?;
     let vocab = service.model.config.vocab as u32;
     if let Some(token) = ask.tokens.iter().find(|t| **t >= vocab) {
-        return Err(ApiError::bad("tokens", format!("token id {token} is not within the vocabulary of {vocab}")));
+        return Err(ApiError::bad(
+            "tokens",
+            format!("token id {token} is not within the vocabulary of {vocab}"),
+        ));
     }
     Ok(Json(json!({ "prompt": service.text.decode(&ask.tokens, false) })))
 }
@@ -236,7 +246,8 @@ impl Service {
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(body: &[u8]) -> Result<T, ApiError> {
-    serde_json::from_slice(body).map_err(|e| ApiError::bad(None, format!("the body is not a valid request: {e}")))
+    serde_json::from_slice(body)
+        .map_err(|e| ApiError::bad(None, format!("the body is not a valid request: {e}")))
 }
 
 fn random_id() -> String {

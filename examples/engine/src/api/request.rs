@@ -101,6 +101,7 @@ enum Ports {
 }
 
 /// A request that can be served.
+#[expect(clippy::struct_excessive_bools, reason = "each is a field of the request, named as there")]
 pub(super) struct Ask {
     pub(super) chat: bool,
     pub(super) prompts: Vec<Vec<u32>>,
@@ -120,7 +121,8 @@ pub(super) struct Ask {
 
 impl Body {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
-        serde_json::from_slice(bytes).map_err(|e| ApiError::bad(None, format!("the body is not a valid request: {e}")))
+        serde_json::from_slice(bytes)
+            .map_err(|e| ApiError::bad(None, format!("the body is not a valid request: {e}")))
     }
 
     /// Checks everything and turns text into tokens.
@@ -128,7 +130,10 @@ impl Body {
         service.check_model(self.model.as_deref())?;
         let choices = self.n.unwrap_or(1);
         if choices == 0 || choices > service.scheduler.limits.sequences {
-            return Err(ApiError::bad("n", format!("n is {choices}; 1 to {} are possible", service.scheduler.limits.sequences)));
+            return Err(ApiError::bad(
+                "n",
+                format!("n is {choices}; 1 to {} are possible", service.scheduler.limits.sequences),
+            ));
         }
         if self.best_of.is_some_and(|n| n != choices) {
             return Err(ApiError::bad("best_of", "best_of is not supported; leave it out"));
@@ -144,7 +149,10 @@ impl Body {
             if demand > room {
                 return Err(ApiError::bad(
                     "max_tokens",
-                    format!("{choices} texts of up to {max_tokens} tokens behind a prompt of {} need {demand} tokens of cache; there are {room}: ask for less, or start the engine with a larger --kv-cache-tokens", prompt.len()),
+                    format!(
+                        "{choices} texts of up to {max_tokens} tokens behind a prompt of {} need {demand} tokens of cache; there are {room}: ask for less, or start the engine with a larger --kv-cache-tokens",
+                        prompt.len()
+                    ),
                 ));
             }
         }
@@ -185,10 +193,9 @@ impl Body {
             service.text.encode(text, special).map_err(|e| ApiError::bad(param, e))
         };
         let prompts = if chat {
-            let messages = self
-                .messages
-                .as_deref()
-                .ok_or_else(|| ApiError::bad("messages", "messages is missing; it is a list of {role, content}"))?;
+            let messages = self.messages.as_deref().ok_or_else(|| {
+                ApiError::bad("messages", "messages is missing; it is a list of {role, content}")
+            })?;
             let prompt = service
                 .text
                 .chat(
@@ -202,7 +209,12 @@ impl Body {
         } else {
             let special = self.add_special_tokens.unwrap_or(true);
             match &self.prompt {
-                None => return Err(ApiError::bad("prompt", "prompt is missing; it is a text, token ids, or a list of either")),
+                None => {
+                    return Err(ApiError::bad(
+                        "prompt",
+                        "prompt is missing; it is a text, token ids, or a list of either",
+                    ));
+                }
                 Some(Prompt::Text(one)) => vec![text("prompt", one, special)?],
                 Some(Prompt::Tokens(one)) => vec![one.clone()],
                 Some(Prompt::Texts(many)) => {
@@ -217,13 +229,19 @@ impl Body {
         }
         let vocab = service.model.config.vocab as u32;
         if let Some(token) = prompts.iter().flatten().find(|t| **t >= vocab) {
-            return Err(ApiError::bad(param, format!("token id {token} is not within the vocabulary of {vocab}")));
+            return Err(ApiError::bad(
+                param,
+                format!("token id {token} is not within the vocabulary of {vocab}"),
+            ));
         }
         let limit = service.scheduler.limits.positions;
         if let Some(long) = prompts.iter().find(|p| p.len() >= limit) {
             return Err(ApiError::bad(
                 param,
-                format!("This model's maximum context length is {limit} tokens. However, your request has {} input tokens. Please reduce the length of the input.", long.len()),
+                format!(
+                    "This model's maximum context length is {limit} tokens. However, your request has {} input tokens. Please reduce the length of the input.",
+                    long.len()
+                ),
             ));
         }
         Ok(prompts)
@@ -236,10 +254,15 @@ impl Body {
         match asked {
             None if chat => Ok(room),
             None => Ok(DEFAULT_MAX_TOKENS.min(room)),
-            Some(n) if n < 1 => Err(ApiError::bad("max_tokens", format!("max_tokens must be at least 1, got {n}."))),
+            Some(n) if n < 1 => {
+                Err(ApiError::bad("max_tokens", format!("max_tokens must be at least 1, got {n}.")))
+            }
             Some(n) if n as u64 > room as u64 => Err(ApiError::bad(
                 "max_tokens",
-                format!("This model's maximum context length is {limit} tokens. However, you requested {n} output tokens and your prompt contains {} input tokens. Please reduce either.", limit - room),
+                format!(
+                    "This model's maximum context length is {limit} tokens. However, you requested {n} output tokens and your prompt contains {} input tokens. Please reduce either.",
+                    limit - room
+                ),
             )),
             Some(n) => Ok(n as usize),
         }
@@ -257,7 +280,10 @@ impl Body {
             }
         };
         if n > MAX_LOGPROBS {
-            return Err(ApiError::bad("logprobs", format!("{n} log probabilities; at most {MAX_LOGPROBS} are given")));
+            return Err(ApiError::bad(
+                "logprobs",
+                format!("{n} log probabilities; at most {MAX_LOGPROBS} are given"),
+            ));
         }
         Ok(Some(n))
     }
@@ -296,7 +322,9 @@ impl Body {
         let top_k = match self.top_k {
             None | Some(-1 | 0) => 0,
             Some(k) if k > 0 => k as usize,
-            Some(k) => return Err(ApiError::bad("top_k", format!("top_k is {k}; it must be -1 (all) or above 0"))),
+            Some(k) => {
+                return Err(ApiError::bad("top_k", format!("top_k is {k}; it must be -1 (all) or above 0")));
+            }
         };
         let bias = self.logit_bias.iter().flatten().map(|(token, bias)| {
             let parsed = token.parse().ok().zip(bias.as_f64());
@@ -331,9 +359,12 @@ impl Body {
             Ports::One(port) => Some(*port),
             Ports::Many(ports) => ports.first().copied(),
         };
-        let port = port.ok_or_else(|| ApiError::bad(PARAM, "receiver_init_port is empty; one port per rank is needed"))?;
+        let port = port.ok_or_else(|| {
+            ApiError::bad(PARAM, "receiver_init_port is empty; one port per rank is needed")
+        })?;
         kvxfer::RequestId::new(&spec.req_id).map_err(|e| ApiError::bad(PARAM, format!("req_id: {e}")))?;
-        if self.n.unwrap_or(1) != 1 || matches!(&self.prompt, Some(Prompt::Texts(p)) if p.len() != 1)
+        if self.n.unwrap_or(1) != 1
+            || matches!(&self.prompt, Some(Prompt::Texts(p)) if p.len() != 1)
             || matches!(&self.prompt, Some(Prompt::TokenLists(p)) if p.len() != 1)
         {
             return Err(ApiError::bad(PARAM, "a disagg_spec is for one prompt with one text (n = 1)"));

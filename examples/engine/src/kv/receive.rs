@@ -99,10 +99,10 @@ impl Inbox {
             if chunk.len() != shape.bytes(len) as u64 {
                 break;
             }
-            let copied =
-                unpack(shape, len, |out| if self.zeroed { Ok(()) } else { chunk.read_at(0, out) }).map_err(|e| {
-                    kvxfer::Error::failed(kvxfer::ErrorCode::System, format!("copying chunk {key}: {e}"))
-                })?;
+            let copied = unpack(shape, len, |out| if self.zeroed { Ok(()) } else { chunk.read_at(0, out) })
+                .map_err(|e| {
+                kvxfer::Error::failed(kvxfer::ErrorCode::System, format!("copying chunk {key}: {e}"))
+            })?;
             cache.push(copied?);
             drop(chunk);
             self.receiver.remove(&key);

@@ -129,7 +129,10 @@ impl Config {
             return Err(format!("{what} is {n}; it must be 1 to {}", 1 << 24));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(format!("{} attention heads cannot share {} key/value heads", self.heads, self.kv_heads));
+            return Err(format!(
+                "{} attention heads cannot share {} key/value heads",
+                self.heads, self.kv_heads
+            ));
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head dimension {} is odd; rotary embedding needs pairs", self.head_dim));
@@ -150,7 +153,10 @@ impl OneOrMany {
 impl File {
     fn into_config(self) -> Result<Config, String> {
         if !self.architectures.is_empty() && !self.architectures.iter().any(|a| a == "LlamaForCausalLM") {
-            return Err(format!("architecture {:?}; this engine runs LlamaForCausalLM only", self.architectures));
+            return Err(format!(
+                "architecture {:?}; this engine runs LlamaForCausalLM only",
+                self.architectures
+            ));
         }
         if self.hidden_act != "silu" {
             return Err(format!("hidden_act {:?}; only \"silu\" is known", self.hidden_act));

@@ -61,7 +61,11 @@ pub(crate) struct Setup {
 
 impl Model {
     /// Loads a Hugging Face folder.
-    pub(crate) fn from_folder(folder: &Path, config: Config, setup: Setup) -> std::result::Result<Self, String> {
+    pub(crate) fn from_folder(
+        folder: &Path,
+        config: Config,
+        setup: Setup,
+    ) -> std::result::Result<Self, String> {
         let weights = weights::from_folder(&config, folder)?;
         Self::new(config, weights, setup)
     }
@@ -98,6 +102,10 @@ impl Model {
         self.pool.install(|| self.run(pieces))
     }
 
+    #[expect(
+        clippy::many_single_char_names,
+        reason = "x, h, q, k and v are the names of these tensors everywhere"
+    )]
     fn run(&self, pieces: &[Piece<'_>]) -> Result<Vec<Vec<Vec<f32>>>> {
         let c = &self.config;
         let total: usize = pieces.iter().map(|p| p.tokens.len()).sum();
@@ -112,7 +120,8 @@ impl Model {
         let positions = Tensor::from_vec(positions, rows, &Device::Cpu)?;
         let (cos, sin) = (self.cos.index_select(&positions, 0)?, self.sin.index_select(&positions, 0)?);
         let turn = |x: &Tensor, heads: usize| -> Result<Tensor> {
-            rope_thd(&x.reshape((1, rows, heads, c.head_dim))?, &cos, &sin)?.reshape((rows, heads * c.head_dim))
+            rope_thd(&x.reshape((1, rows, heads, c.head_dim))?, &cos, &sin)?
+                .reshape((rows, heads * c.head_dim))
         };
 
         let tokens = Tensor::from_vec(tokens, rows, &Device::Cpu)?;

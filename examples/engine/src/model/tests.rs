@@ -126,7 +126,7 @@ fn a_fork_shares_what_is_full_and_copies_the_rest() {
     let tokens = prompt(5, 40);
     let (_, mut first) = last(&model, &tokens, &[]);
     let mut second = first.fork(40).unwrap();
-    let mut next = |cache: &mut Cache, token: u32| {
+    let next = |cache: &mut Cache, token: u32| {
         let piece = Piece { tokens: &[token], start: 40, cache, logits_from: 0 };
         model.forward(&mut [piece]).unwrap().remove(0).remove(0)
     };
