@@ -1,1 +1,0 @@
-//! Time-to-first-token statistics and the timeline of a request.
