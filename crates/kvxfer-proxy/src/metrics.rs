@@ -260,7 +260,9 @@ impl Metrics {
             &self.instance_started,
             &self.instance_failed,
         ];
-        families.iter().for_each(|family| family.clear());
+        for family in families {
+            family.clear();
+        }
         for instance in instances {
             let labels = InstanceLabels { instance: instance.name.to_owned(), role: instance.role };
             let values = [
