@@ -34,7 +34,7 @@ transfer, RUST_LOG the log, as for every program that uses kvxfer.";
 
 /// The command line's settings.
 #[derive(Parser, Debug)]
-#[command(name = "kvxfer-engine", version, about = "A small Llama engine on the CPU, disaggregated by kvxfer", long_about = ABOUT)]
+#[command(name = "kvxfer-engine", version, about = "A small Llama engine on the CPU, disaggregated by kvxfer", long_about = ABOUT, args_override_self = true)]
 pub(crate) struct Args {
     /// Folder of a Llama from Hugging Face: config.json, *.safetensors, tokenizer.json
     #[arg(long, value_name = "FOLDER", conflicts_with = "random", help_heading = "Model")]

@@ -121,8 +121,16 @@ pub(super) struct Ask {
 
 impl Body {
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
-        serde_json::from_slice(bytes)
-            .map_err(|e| ApiError::bad(None, format!("the body is not a valid request: {e}")))
+        serde_json::from_slice(bytes).map_err(|e| {
+            // Which field it was: the one that is wrong by itself.
+            let given: Map<String, Value> = serde_json::from_slice(bytes).unwrap_or_default();
+            let wrong = given.into_iter().find(|(key, value)| {
+                let alone = Map::from_iter([(key.clone(), value.clone())]);
+                serde_json::from_value::<Self>(alone.into()).is_err()
+            });
+            let field = wrong.map_or_else(String::new, |(key, _)| format!("{key}: "));
+            ApiError::bad(None, format!("the body is not a valid request: {field}{e}"))
+        })
     }
 
     /// Checks everything and turns text into tokens.
@@ -329,7 +337,10 @@ impl Body {
         let bias = self.logit_bias.iter().flatten().map(|(token, bias)| {
             let parsed = token.parse().ok().zip(bias.as_f64());
             parsed.map(|(t, b)| (t, b as f32)).ok_or_else(|| {
-                ApiError::bad("logit_bias", format!("{token:?}: {bias} is not a token id with a number"))
+                ApiError::bad(
+                    "logit_bias",
+                    format!("logit_bias: {token:?}: {bias} is not a token id with a number"),
+                )
             })
         });
         Ok(Sampling {
