@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# disagg_example_1p1d.sh [--engine vllm|vllm-cpu|embedded] ...: one prefiller (port 8100), one decoder (8200), the proxy (9000).
+# See --help; Ctrl-C stops everything.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=../lib.sh
+. "$(dirname "$0")/../lib.sh"
+run_example 1 1 "$@"
