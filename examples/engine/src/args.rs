@@ -9,6 +9,8 @@ use std::time::Duration;
 
 /// Largest chunk, in tokens.
 const MAX_CHUNK: u64 = 1 << 16;
+/// What the cache may take where nothing is said about it (it is allocated as it is used).
+const DEFAULT_CACHE_BYTES: usize = 2 << 30;
 
 const ABOUT: &str = "\
 Serves a Llama on the CPU with vLLM's HTTP endpoints, alone or as prefiller and decoder
@@ -76,7 +78,7 @@ pub(crate) struct Args {
     /// Tokens of one step: how much of a prompt is computed between two tokens of a text
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one, help_heading = "Serving")]
     max_num_batched_tokens: u64,
-    /// Tokens of cache of all texts together; default: 16 times the longest sequence
+    /// Tokens of cache of all texts together; default: 16 times the longest sequence, or 2 GiB where that is less
     #[arg(long, value_name = "TOKENS", help_heading = "Serving")]
     kv_cache_tokens: Option<usize>,
     /// Requests that may wait; more are answered with 503
@@ -165,14 +167,19 @@ impl Args {
         Ok(config)
     }
 
-    /// All limits, for a model made for so many positions.
-    pub(crate) fn limits(&self, positions: usize) -> Result<Limits, String> {
+    /// All limits, for a model.
+    pub(crate) fn limits(&self, config: &Config) -> Result<Limits, String> {
+        let positions = config.positions;
         let len = self.max_model_len.unwrap_or(positions);
         if len < 2 || len > positions {
             return Err(format!("--max-model-len {len}: the model is made for 2 to {positions} tokens"));
         }
-        let cache = self.kv_cache_tokens.unwrap_or(16 * len.next_multiple_of(self.chunk as usize));
-        if cache < self.chunk as usize {
+        let chunk = self.chunk as usize;
+        let of_one = len.next_multiple_of(chunk);
+        let affordable =
+            DEFAULT_CACHE_BYTES / (2 * config.layers * config.kv_width() * size_of::<f32>()).max(1);
+        let cache = self.kv_cache_tokens.unwrap_or(affordable.clamp(of_one, 16 * of_one));
+        if cache < chunk {
             return Err(format!("--kv-cache-tokens {cache} is less than one chunk of {} tokens", self.chunk));
         }
         Ok(Limits {

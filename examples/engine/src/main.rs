@@ -78,7 +78,7 @@ fn run(args: &Args) -> Result<(), String> {
 fn set_up(args: &Args, runtime: &tokio::runtime::Handle) -> Result<(Service, Agent), String> {
     let started = Instant::now();
     let config = args.model.as_deref().map_or_else(|| args.random_config(), Config::from_folder)?;
-    let limits = args.limits(config.positions)?;
+    let limits = args.limits(&config)?;
     let setup = Setup { positions: limits.positions, chunk_tokens: args.chunk(), threads: args.threads() };
     let (model, text) = match &args.model {
         Some(folder) => (Model::from_folder(folder, config, setup)?, Text::from_folder(folder)?),

@@ -14,7 +14,7 @@ use crossbeam::channel::{self, RecvTimeoutError};
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -110,6 +110,8 @@ pub(crate) struct Stats {
     pub(crate) generated_tokens: AtomicU64,
     pub(crate) finished: AtomicU64,
     pub(crate) gone: AtomicU64,
+    /// The thread has ended, which it should not.
+    pub(crate) ended: AtomicBool,
 }
 
 /// The way in. Cheap to clone.
@@ -143,7 +145,11 @@ impl Scheduler {
             running: Vec::new(),
             reserved: 0,
         };
-        std::thread::Builder::new().name("scheduler".into()).spawn(move || worker.run())?;
+        let end = End(stats.clone());
+        std::thread::Builder::new().name("scheduler".into()).spawn(move || {
+            let _end = end;
+            worker.run();
+        })?;
         Ok(Self { jobs, stats, limits })
     }
 
@@ -157,6 +163,15 @@ impl Scheduler {
     /// Tokens of cache a prompt would hold.
     pub(crate) fn demand(chunk: usize, prompt: usize, max_tokens: usize, choices: usize) -> usize {
         (prompt + max_tokens).next_multiple_of(chunk) * choices
+    }
+}
+
+/// Notes the end of the thread, a panic's included.
+struct End(Arc<Stats>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::Relaxed);
     }
 }
 

@@ -76,8 +76,8 @@ pub(crate) fn router(service: Service) -> Router {
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route("/v1/models", get(models))
-        .route("/health", get(async || StatusCode::OK))
-        .route("/ping", get(async || StatusCode::OK))
+        .route("/health", get(health))
+        .route("/ping", get(health))
         .route("/version", get(async || Json(json!({ "version": env!("CARGO_PKG_VERSION") }))))
         .route("/metrics", get(metrics))
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -176,6 +176,14 @@ async fn detokenize(State(service): State<Service>, body: Bytes) -> Result<Json<
     Ok(Json(json!({ "prompt": service.text.decode(&ask.tokens, false) })))
 }
 
+/// Healthy as long as somebody computes.
+async fn health(State(service): State<Service>) -> Result<StatusCode, ApiError> {
+    if service.scheduler.stats.ended.load(Ordering::Relaxed) {
+        return Err(ApiError::busy("the engine has stopped computing; its log says why"));
+    }
+    Ok(StatusCode::OK)
+}
+
 async fn models(State(service): State<Service>) -> Json<Value> {
     let cards: Vec<_> = service
         .names
@@ -216,11 +224,12 @@ async fn metrics(State(service): State<Service>) -> Response {
         rows.push(("kv_bytes_sent_total", "counter", sent.bytes.load(Ordering::Relaxed)));
     }
     if let Some(inbox) = &service.inbox {
-        let (free, pages) = inbox.pages();
+        let pages = inbox.pages();
         rows.push(("kv_tokens_asked_total", "counter", inbox.counters().asked.load(Ordering::Relaxed)));
         rows.push(("kv_tokens_hit_total", "counter", inbox.counters().hits.load(Ordering::Relaxed)));
-        rows.push(("kv_pages_free", "gauge", free.into()));
-        rows.push(("kv_pages", "gauge", pages.into()));
+        rows.push(("kv_pages_free", "gauge", pages.free.into()));
+        rows.push(("kv_pages_published", "gauge", pages.published.into()));
+        rows.push(("kv_pages", "gauge", pages.pages.into()));
     }
     let mut text = String::new();
     for (name, kind, value) in rows {

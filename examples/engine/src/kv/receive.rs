@@ -6,7 +6,7 @@
 
 use super::Terms;
 use crate::model::{Cache, unpack};
-use kvxfer::channel::{Lookup, ReceiverEvent};
+use kvxfer::channel::{Lookup, PoolStats, ReceiverEvent};
 use kvxfer::{Agent, ChunkKey, Receiver, ReceiverConfig, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -140,9 +140,8 @@ impl Inbox {
         &self.counters
     }
 
-    /// Pages that are free, and all of them.
-    pub(crate) fn pages(&self) -> (u32, u32) {
-        let stats = self.receiver.stats();
-        (stats.free, stats.pages)
+    /// The pool's pages by state.
+    pub(crate) fn pages(&self) -> PoolStats {
+        self.receiver.stats()
     }
 }

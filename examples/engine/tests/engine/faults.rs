@@ -59,6 +59,18 @@ fn a_decoder_killed_under_a_prefill() {
 }
 
 #[test]
+fn chunks_travel_while_the_prompt_is_computed() {
+    let proxy = Pull::bind();
+    let (decoder, prefiller) = (decoder(0, &[]), prefiller(&proxy, SLOW));
+    let _socket = begin(&prefiller, &prompt(1, 6000), "overlap", decoder.kv_port);
+    // Complete and checked at the decoder, while most of the prompt is still to be computed.
+    decoder.wait_metric("kv_pages_published", |n| n >= 2);
+    assert_eq!(prefiller.metric("sequences_running"), 1);
+    proxy.ready("overlap");
+    assert_eq!(decoder.metric("kv_pages_published"), 6000_u64.div_ceil(CHUNK as u64));
+}
+
+#[test]
 fn a_client_that_goes_during_the_prefill() {
     let proxy = Pull::bind();
     let (decoder, prefiller) = (decoder(0, &[]), prefiller(&proxy, SLOW));
