@@ -78,8 +78,9 @@ impl SseReader {
                     return Ok(Some(event));
                 }
             } else {
+                // The same line is refused whether it came at once or in pieces.
+                self.check(line.len())?;
                 self.field(&line);
-                self.check(0)?;
             }
         }
         self.check(self.buffer.len())?;
