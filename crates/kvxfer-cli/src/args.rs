@@ -23,6 +23,7 @@ Examples:
   kvxfer demo                                     move one prompt's cache, check every byte, survive a kill
   kvxfer doctor                                   what can this machine do, and what should be fixed
   kvxfer bench --quick                            the table in under 20 seconds
+  kvxfer proxy --port 9000 --prefiller-port 8100 --decoder-port 8200 --proxy-port 7500
   kvxfer bench --transport shm,tcp --piece 16K,1M --json run.json --html run.html
 
 Sizes take K, M, G (binary: 64K = 65536 bytes). Rates are decimal: 1 GB/s = 10^9 bytes a second.
@@ -38,6 +39,8 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Say what this machine (and a peer) can do, what would be chosen and why, and how to fix what is missing.
     Doctor(DoctorArgs),
+    /// Serve OpenAI's API in front of prefillers and decoders (disaggregated prefill).
+    Proxy(Box<crate::proxy::ProxyArgs>),
     /// Check a configuration file, or print the default one.
     #[command(subcommand)]
     Config(ConfigCommand),

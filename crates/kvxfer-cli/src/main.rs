@@ -13,6 +13,7 @@ mod content;
 mod demo;
 mod doctor;
 mod machine;
+mod proxy;
 mod stats;
 mod table;
 mod units;
@@ -73,7 +74,9 @@ impl From<kvxfer_core::proto::ids::InvalidId> for Failure {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    // A server's log is its face; the other commands speak on standard output.
+    let quietest = u8::from(matches!(cli.command, Command::Proxy(_)));
+    log_to_stderr(cli.verbose.max(quietest));
     match run(&cli.command) {
         Ok(Verdict::Held) => ExitCode::SUCCESS,
         Ok(Verdict::Broken) => ExitCode::from(1),
@@ -89,6 +92,7 @@ fn run(command: &Command) -> Result<Verdict, Failure> {
         Command::Demo(args) => demo::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Doctor(args) => doctor::run(args),
+        Command::Proxy(args) => proxy::run(args),
         Command::Config(command) => config::run(command),
         Command::Child(args) => {
             child::end_with_parent()?;

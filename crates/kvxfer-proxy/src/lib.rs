@@ -5,7 +5,18 @@
 //! (the router, [`openai`], [`stats`]); the server drives them.
 #![forbid(unsafe_code)]
 
+mod admin;
+pub mod config;
 pub mod dashboard;
+mod health;
 pub mod metrics;
+mod notify;
 pub mod openai;
+pub mod router;
+pub mod server;
 pub mod stats;
+mod tls;
+mod upstream;
+
+pub use config::{Config, ConfigError, Flags};
+pub use server::{Handle, Server, StartError, serve, start};

@@ -24,7 +24,6 @@ pub const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-
                           connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// Answers `GET /dashboard`. The page asks for `stats` next to its own address.
-#[expect(clippy::unused_async, reason = "a handler is async, or axum does not take it")]
 pub async fn page() -> Response {
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),

@@ -24,6 +24,8 @@ pub struct ApiError {
     pub param: Option<String>,
     /// The engine's own error body, passed on as it came.
     pub verbatim: Option<Bytes>,
+    /// Seconds after which trying again makes sense, for `Retry-After`.
+    pub retry_after: Option<u32>,
 }
 
 impl ApiError {
@@ -44,7 +46,14 @@ impl ApiError {
             504 => "GatewayTimeoutError",
             _ => "InternalServerError",
         };
-        Self { status, kind: kind.into(), message: message.into(), param: None, verbatim: None }
+        Self {
+            status,
+            kind: kind.into(),
+            message: message.into(),
+            param: None,
+            verbatim: None,
+            retry_after: None,
+        }
     }
 
     /// A request that is wrong in the field `param`.
