@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 /// To the receiver.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum ToReceiver {
-    /// First message: open a pool for prompts of this shape. Answer: [`Opened`].
-    Open { prompt: Prompt, pages: u32, key: String },
+    /// First message: open a pool for prompts of this shape, with or without NIXL for senders on this host. Answer:
+    /// [`Opened`].
+    Open { prompt: Prompt, pages: u32, key: String, nixl: bool },
     /// Compare every byte of the request's chunks. Answer: [`Checked`].
     Check { prompt: Prompt },
     /// Drop the request's chunks, present or not. Answer: [`Pool`].

@@ -15,8 +15,9 @@ pub(super) struct ReceiverSide {
 }
 
 impl ReceiverSide {
-    pub(super) fn open(prompt: Prompt, pages: u32, key: &str) -> Result<Self, Failure> {
-        let config = agents::settings_with_key(key)?;
+    pub(super) fn open(prompt: Prompt, pages: u32, key: &str, nixl: bool) -> Result<Self, Failure> {
+        let mut config = agents::settings_with_key(key)?;
+        config.nixl.same_host |= nixl;
         let agent =
             Agent::builder().config(config).name("demo-receiver").listen("tcp://127.0.0.1:0").build()?;
         let config = ReceiverConfig { pages, geometry: prompt.geometry(), ..ReceiverConfig::default() };
@@ -77,10 +78,10 @@ impl ReceiverSide {
 
 /// The child process.
 pub(crate) fn run() -> Result<(), Failure> {
-    let Some(ToReceiver::Open { prompt, pages, key }) = child::listen()? else {
+    let Some(ToReceiver::Open { prompt, pages, key, nixl }) = child::listen()? else {
         return Err(Failure::new("the receiver was not told what to open"));
     };
-    let side = ReceiverSide::open(prompt, pages, &key)?;
+    let side = ReceiverSide::open(prompt, pages, &key, nixl)?;
     child::say(&Opened { address: side.address()?, pages: side.pages })?;
     while let Some(message) = child::listen()? {
         match message {

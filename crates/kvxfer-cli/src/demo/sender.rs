@@ -117,7 +117,7 @@ pub(crate) fn run() -> Result<(), Failure> {
     let (local, address) = if let Some(address) = address {
         (None, address)
     } else {
-        let side = ReceiverSide::open(prompt, prompt.chunks() as u32, &key)?;
+        let side = ReceiverSide::open(prompt, prompt.chunks() as u32, &key, false)?;
         let address = side.address()?;
         (Some(side), address)
     };

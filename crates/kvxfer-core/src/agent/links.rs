@@ -86,7 +86,9 @@ fn connect(
             continue;
         }
         let Some(offer) = offers.iter().find(|o| o.transport == slot.kind.as_str()) else {
-            skipped.push((slot.kind, "the peer does not offer it".into()));
+            let on_demand = slot.kind == TransportKind::Nixl && info.same_host;
+            let hint = if on_demand { " to its own host (nixl.same_host there)" } else { "" };
+            skipped.push((slot.kind, format!("the peer does not offer it{hint}")));
             continue;
         };
         match slot.transport.connect(info, &offer.payload, deadline) {
@@ -145,8 +147,18 @@ pub(crate) fn close_paths(paths: &[Path]) {
 
 fn check(inner: &Inner, info: &PeerInfo, paths: &[Path], skipped: &[(TransportKind, String)]) -> Result<()> {
     let why = || {
-        let reasons: Vec<_> = skipped.iter().map(|(kind, reason)| format!("{kind}: {reason}")).collect();
-        if reasons.is_empty() { "none is enabled here".to_owned() } else { reasons.join("; ") }
+        // What the configuration leaves out is one sentence; the reader wants the reasons of the rest.
+        let (excluded, tried): (Vec<_>, Vec<_>) =
+            skipped.iter().partition(|(kind, _)| choose::excluded(&inner.config.transports, *kind).is_some());
+        let mut reasons: Vec<_> = tried.iter().map(|(kind, reason)| format!("{kind}: {reason}")).collect();
+        if reasons.is_empty() {
+            reasons.push("none is enabled here".to_owned());
+        }
+        if !excluded.is_empty() {
+            let names: Vec<_> = excluded.iter().map(|(kind, _)| kind.as_str()).collect();
+            reasons.push(format!("the configuration leaves out {}", names.join(", ")));
+        }
+        reasons.join("; ")
     };
     let found: Vec<_> = paths.iter().map(|p| p.candidate).collect();
     if let Some(text) = choose::unmet(&inner.config.transports, &found) {
