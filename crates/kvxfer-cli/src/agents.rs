@@ -19,8 +19,9 @@ pub(crate) fn settings_with_key(key: &str) -> Result<AgentConfig, Failure> {
     Ok(AgentConfig { auth_key: key, auth_key_file: None, ..settings()? })
 }
 
-/// The same, with waiting threads that sleep at once where `no_spin` says so.
+/// The same for a benchmark: NIXL within the host as well, and waiting threads that sleep at once where `no_spin` says so.
 pub(crate) fn settings_for(key: &str, no_spin: bool) -> Result<AgentConfig, Failure> {
-    let config = settings_with_key(key)?;
+    let mut config = settings_with_key(key)?;
+    config.nixl.same_host = true;
     Ok(if no_spin { AgentConfig { spin: std::time::Duration::ZERO, ..config } } else { config })
 }

@@ -15,7 +15,7 @@ use std::os::fd::BorrowedFd;
 /// State of the sending half.
 pub(super) struct Sender {
     /// Most payload bytes of one call.
-    slice: usize,
+    slice: Slice,
     /// Control frames, and header and table of the frame under way.
     head: Vec<u8>,
     head_at: usize,
@@ -36,16 +36,24 @@ struct Body {
     tail_len: usize,
 }
 
-/// Payload bytes of one call within a host. The receiver starts on them while they are in the cache: larger calls were
-/// measured to be slower, most of all with a digest (`docs/performance.md`).
-const LOCAL_SLICE: usize = 32 << 10;
-/// Between hosts: few calls, and still a block that stays in the core's cache between hashing and sending.
-const REMOTE_SLICE: usize = 256 << 10;
+/// Payload bytes of one call.
+#[derive(Clone, Copy)]
+struct Slice {
+    plain: usize,
+    /// With a digest: a block that is still in the core's cache when the kernel copies it after hashing.
+    hashed: usize,
+}
+
+/// Within a host sender and receiver share the cores, so that the size decides how they alternate: measured best of
+/// 32 KiB to 1 MiB (`docs/performance.md`).
+const LOCAL: Slice = Slice { plain: 512 << 10, hashed: 128 << 10 };
+/// Between hosts: few calls.
+const REMOTE: Slice = Slice { plain: 512 << 10, hashed: 256 << 10 };
 
 impl Sender {
     /// For a socket to a peer on the same host, or on another one.
     pub(super) fn new(local: bool) -> Self {
-        let slice = if local { LOCAL_SLICE } else { REMOTE_SLICE };
+        let slice = if local { LOCAL } else { REMOTE };
         Self { slice, head: Vec::new(), head_at: 0, body: None, writes_next: false }
     }
 
@@ -103,7 +111,7 @@ impl Sender {
             iov.push(libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
         }
         if let Some(body) = &mut self.body {
-            let limit = if body.digest.is_some() { body.prepare(self.slice) } else { self.slice };
+            let limit = if body.digest.is_some() { body.prepare(self.slice.hashed) } else { self.slice.plain };
             let taken = body.bytes.gather(limit, MAX_IOV, iov);
             if taken == body.bytes.left() && body.tail_len > 0 {
                 let tail = &body.tail[body.tail_at..];
