@@ -2,6 +2,7 @@
 
 use crate::Failure;
 use kvxfer_core::AgentConfig;
+use serde::{Deserialize, Serialize};
 
 /// The library's settings as the environment gives them, except for what this command decides itself: name and listening
 /// addresses (several agents run at once).
@@ -19,9 +20,18 @@ pub(crate) fn settings_with_key(key: &str) -> Result<AgentConfig, Failure> {
     Ok(AgentConfig { auth_key: key, auth_key_file: None, ..settings()? })
 }
 
-/// The same for a benchmark: NIXL within the host as well, and waiting threads that sleep at once where `no_spin` says so.
-pub(crate) fn settings_for(key: &str, no_spin: bool) -> Result<AgentConfig, Failure> {
+/// How the agents of a benchmark differ from others.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Manner {
+    /// Waiting threads sleep at once.
+    pub no_spin: bool,
+    /// NIXL within the host as well. It has threads of its own, so that other transports are measured without it.
+    pub nixl: bool,
+}
+
+/// The same for a benchmark.
+pub(crate) fn settings_for(key: &str, manner: Manner) -> Result<AgentConfig, Failure> {
     let mut config = settings_with_key(key)?;
-    config.nixl.same_host = true;
-    Ok(if no_spin { AgentConfig { spin: std::time::Duration::ZERO, ..config } } else { config })
+    config.nixl.same_host |= manner.nixl;
+    Ok(if manner.no_spin { AgentConfig { spin: std::time::Duration::ZERO, ..config } } else { config })
 }

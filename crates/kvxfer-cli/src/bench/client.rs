@@ -4,8 +4,9 @@ use super::cases::{Case, Pattern};
 use super::raw::RawClient;
 use super::server::{Start, Started, touch};
 use super::wire::{Answer, Ask, Control, PLAIN, PONG, SHARED};
+use crate::Failure;
+use crate::agents::{self, Manner};
 use crate::child::Child;
-use crate::{Failure, agents};
 use kvxfer_core::agent::Access;
 use kvxfer_core::baseline::{self, ProcessMemory};
 use kvxfer_core::{
@@ -68,23 +69,14 @@ impl Baseline {
 }
 
 impl Session {
-    /// With a child process of our own.
-    pub(crate) fn with_child(bytes: u64) -> Result<Self, Failure> {
-        Self::with_own_child(bytes, false)
-    }
-
-    /// The same between agents whose waiting threads sleep at once.
-    pub(crate) fn with_sleepers(bytes: u64) -> Result<Self, Failure> {
-        Self::with_own_child(bytes, true)
-    }
-
-    fn with_own_child(bytes: u64, no_spin: bool) -> Result<Self, Failure> {
+    /// With a child process of our own; both agents as `manner` says.
+    pub(crate) fn with_child(bytes: u64, manner: Manner) -> Result<Self, Failure> {
         let mut child = Child::start("benchmark server", &["internal-child", "bench-server"])?;
         let key = crate::secret()?;
-        let start = Start { key: key.clone(), no_spin, parent: std::process::id() };
+        let start = Start { key: key.clone(), manner, parent: std::process::id() };
         let Started { address } = child.ask(&start, DEADLINE)?;
         super::server::permit(child.pid());
-        let config = agents::settings_for(&key, no_spin)?;
+        let config = agents::settings_for(&key, manner)?;
         Self::open(bytes, &address, config, Some(key), Some(child))
     }
 
@@ -204,13 +196,15 @@ impl Session {
 
     /// The baselines of a case, the one its ratio is about first.
     pub(crate) fn baselines(&mut self, case: &Case) -> Vec<Baseline> {
-        let nixl = self.bare_nixl();
+        if !matches!(case.kind, TransportKind::Shm | TransportKind::Nixl) {
+            self.rest_nixl();
+        }
         match case.kind {
-            TransportKind::Shm if self.local && nixl => vec![Baseline::Memcpy, Baseline::Nixl],
+            TransportKind::Shm if self.local && self.bare_nixl() => vec![Baseline::Memcpy, Baseline::Nixl],
             TransportKind::Shm | TransportKind::Inproc if self.local => vec![Baseline::Memcpy],
             TransportKind::Cma if self.local => vec![Baseline::ProcessVm],
             TransportKind::Tcp => vec![Baseline::Sockets],
-            TransportKind::Nixl if nixl => vec![Baseline::Nixl],
+            TransportKind::Nixl if self.bare_nixl() => vec![Baseline::Nixl],
             _ => Vec::new(),
         }
     }
@@ -229,6 +223,13 @@ impl Session {
             }
         }
         self.nixl.is_some()
+    }
+
+    /// Ends the NIXL baseline for now, whose threads and child would be in the way of what has nothing to do with it.
+    pub(crate) fn rest_nixl(&mut self) {
+        if let Some(bare) = self.nixl.take() {
+            bare.close();
+        }
     }
 
     pub(crate) fn nixl(&mut self) -> Option<&mut super::nixl::Bare> {

@@ -5,10 +5,11 @@ use super::client::{DEADLINE, Session};
 use super::rows::Row;
 use super::server::{await_ping, count_unstamped, ping_options, stamp_pieces};
 use super::wire::{Answer, Ask, POOL, chunk_key};
+use crate::Failure;
+use crate::agents::{self, Manner};
 use crate::content::mix;
 use crate::stats::{Latencies, median};
 use crate::units::{gbps, micros};
-use crate::{Failure, agents};
 use indicatif::ProgressBar;
 use kvxfer_core::channel::ChunkSource;
 use kvxfer_core::proto::wire::ChunkSpec;
@@ -36,16 +37,17 @@ impl<'a> Bench<'a> {
         Self { plan, session, bar, rows: Vec::new(), notes: Vec::new(), sleepers: None, counter: 0 }
     }
 
-    /// Every section that was asked for. A case that fails leaves a note and the others go on.
-    pub(crate) fn run(&mut self) -> Result<(), Failure> {
+    /// Every section that was asked for, over these transports (all that connect where none is named). A case that
+    /// fails leaves a note and the others go on.
+    pub(crate) fn run(&mut self, wanted: &[TransportKind], idle: bool) {
         let reachable = self.session.kinds();
-        let wanted = if self.plan.kinds.is_empty() { reachable.clone() } else { self.plan.kinds.clone() };
+        let wanted = if wanted.is_empty() { &reachable } else { wanted };
         let kinds: Vec<TransportKind> = wanted.iter().copied().filter(|k| reachable.contains(k)).collect();
         for &kind in wanted.iter().filter(|k| !kinds.contains(k)) {
             self.notes.push(self.session.why_not(kind));
         }
         if kinds.is_empty() {
-            return Err(Failure::new(self.notes.join("; ")));
+            return;
         }
         let cases = if self.plan.has(Section::Throughput) { self.plan.cases(&kinds) } else { Vec::new() };
         let latency = if self.plan.has(Section::Latency) { kinds.len() * 2 } else { 0 };
@@ -55,13 +57,14 @@ impl<'a> Bench<'a> {
         } else {
             Vec::new()
         };
-        let idle = usize::from(self.plan.has(Section::Idle));
-        self.bar.set_length((cases.len() + latency + submit + levels.len() + idle) as u64);
+        let idle = usize::from(idle && self.plan.has(Section::Idle));
+        self.bar.inc_length((cases.len() + latency + submit + levels.len() + idle) as u64);
 
         for case in &cases {
             self.step(&case.name(), |b| b.throughput(case));
         }
         if latency > 0 {
+            self.session.rest_nixl();
             for poll in [true, false] {
                 let how = if poll { "poll" } else { "block" };
                 for &kind in &kinds {
@@ -73,6 +76,7 @@ impl<'a> Bench<'a> {
             }
             if kinds.contains(&TransportKind::Nixl) {
                 self.step("latency.nixl.write64", Self::nixl_small_write);
+                self.session.rest_nixl();
             }
         }
         if submit > 0 {
@@ -89,8 +93,6 @@ impl<'a> Bench<'a> {
         if let Some(why) = &self.session.no_nixl {
             self.notes.push(format!("NIXL is not among the baselines: {why}"));
         }
-        self.bar.finish_and_clear();
-        Ok(())
     }
 
     fn step(&mut self, name: &str, work: impl FnOnce(&mut Self) -> Result<(), Failure>) {
@@ -222,7 +224,10 @@ impl<'a> Bench<'a> {
             ("poll", &mut self.session)
         } else if self.session.local {
             if self.sleepers.is_none() {
-                self.sleepers = Some(Session::with_sleepers(1 << 20)?);
+                self.sleepers = Some(Session::with_child(
+                    1 << 20,
+                    Manner { no_spin: true, nixl: kind == TransportKind::Nixl },
+                )?);
             }
             ("block", self.sleepers.as_mut().unwrap_or(&mut self.session))
         } else {

@@ -16,12 +16,14 @@ mod rows;
 pub(crate) mod server;
 pub(crate) mod wire;
 
+use crate::agents::Manner;
 use crate::args::BenchArgs;
 use crate::machine::Machine;
 use crate::{Failure, Verdict};
 use cases::Plan;
 use client::Session;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use kvxfer_core::TransportKind;
 use measure::Bench;
 use rows::{Header, Run};
 use std::io::IsTerminal;
@@ -44,10 +46,13 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Verdict, Failure> {
             .open(file)
             .map_err(|e| Failure::usage(format!("{} cannot be written: {e}", file.display())))?;
     }
-    let session = match &args.client {
-        Some(address) => Session::with_host(plan.bytes, address)?,
-        None => Session::with_child(plan.bytes)?,
+    let mut sittings = sittings(&plan, args.client.is_some()).into_iter();
+    let open = |sitting: &Sitting| match &args.client {
+        Some(address) => Session::with_host(plan.bytes, address),
+        None => Session::with_child(plan.bytes, Manner { nixl: sitting.nixl, no_spin: false }),
     };
+    let mut sitting = sittings.next().unwrap_or_default();
+    let session = open(&sitting)?;
     let mut header = Header {
         kvxfer: env!("CARGO_PKG_VERSION").into(),
         machine,
@@ -63,9 +68,21 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Verdict, Failure> {
         seconds: 0.0,
     };
     let mut bench = Bench::new(&plan, session, progress(args));
-    bench.run()?;
+    bench.run(&sitting.kinds, true);
+    for next in sittings {
+        sitting = next;
+        std::mem::replace(&mut bench.session, open(&sitting)?).close();
+        header
+            .paths
+            .extend(bench.session.peer.paths().into_iter().filter(|(k, _)| sitting.kinds.contains(k)));
+        bench.run(&sitting.kinds, false);
+    }
+    bench.bar.finish_and_clear();
     let Bench { session, rows, notes, .. } = bench;
     session.close();
+    if rows.is_empty() {
+        return Err(Failure::new(notes.join("; ")));
+    }
 
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     (header.unix_time, header.date, header.seconds) = (now, date(now), start.elapsed().as_secs_f64());
@@ -89,6 +106,28 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Verdict, Failure> {
     Ok(if broken { Verdict::Broken } else { Verdict::Held })
 }
 
+/// A part of the run with agents of its own.
+#[derive(Default)]
+struct Sitting {
+    /// Only these transports; empty: all that connect.
+    kinds: Vec<TransportKind>,
+    /// The agents have NIXL.
+    nixl: bool,
+}
+
+/// NIXL runs threads of its own, so the other transports are measured between agents that do without it.
+fn sittings(plan: &Plan, hosts: bool) -> Vec<Sitting> {
+    let (nixl, kinds): (Vec<_>, Vec<_>) = plan.kinds.iter().copied().partition(|k| *k == TransportKind::Nixl);
+    let own = Sitting { kinds: vec![TransportKind::Nixl], nixl: true };
+    match (hosts, kinds.is_empty(), nixl.is_empty()) {
+        (true, ..) => vec![Sitting { kinds: plan.kinds.clone(), nixl: false }],
+        (false, true, true) => vec![Sitting::default(), own],
+        (false, true, false) => vec![own],
+        (false, false, true) => vec![Sitting { kinds, nixl: false }],
+        (false, false, false) => vec![Sitting { kinds, nixl: false }, own],
+    }
+}
+
 fn write(file: &Path, text: &str) -> Result<(), Failure> {
     std::fs::write(file, text).map_err(|e| Failure::new(format!("{}: {e}", file.display())))
 }
@@ -96,7 +135,7 @@ fn write(file: &Path, text: &str) -> Result<(), Failure> {
 fn progress(args: &BenchArgs) -> ProgressBar {
     let show = !args.no_progress && std::io::stderr().is_terminal();
     let target = if show { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(Some(1), target);
+    let bar = ProgressBar::with_draw_target(Some(0), target);
     if let Ok(style) = ProgressStyle::with_template("{bar:32} {pos}/{len} {eta:>4} {msg}") {
         bar.set_style(style);
     }

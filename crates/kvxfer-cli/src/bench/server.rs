@@ -3,6 +3,7 @@
 use super::cases::Pattern;
 use super::raw;
 use super::wire::{Answer, Ask, Numbered, PING, PLAIN, PONG, POOL, SHARED, chunk_key, encode};
+use crate::agents::Manner;
 use crate::{Failure, agents, child, machine};
 use kvxfer_core::agent::Access;
 use kvxfer_core::channel::ReceiverConfig;
@@ -22,8 +23,7 @@ const MAX_BYTES: u64 = 16 << 30;
 #[derive(Serialize, Deserialize)]
 pub(crate) struct Start {
     pub key: String,
-    /// Waiting threads sleep at once.
-    pub no_spin: bool,
+    pub manner: Manner,
     /// Process that may use `process_vm_writev` on this one, for the baseline.
     pub parent: u32,
 }
@@ -35,11 +35,11 @@ pub(crate) struct Started {
 
 /// The child process of `kvxfer bench`.
 pub(crate) fn run_child() -> Result<(), Failure> {
-    let Some(Start { key, no_spin, parent }) = child::listen()? else {
+    let Some(Start { key, manner, parent }) = child::listen()? else {
         return Err(Failure::new("the server was not told its key"));
     };
     permit(parent);
-    let config = agents::settings_for(&key, no_spin)?;
+    let config = agents::settings_for(&key, manner)?;
     let agent = Agent::builder().config(config).name("bench-server").listen("tcp://127.0.0.1:0").build()?;
     let address =
         agent.addresses().into_iter().next().ok_or_else(|| Failure::new("the agent listens nowhere"))?;

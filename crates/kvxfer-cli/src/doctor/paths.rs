@@ -1,13 +1,14 @@
 //! Which transports connect two agents, which one would be chosen and why, and how fast each is beside its roofline.
 
 use super::{Check, Standing};
+use crate::Failure;
+use crate::agents::{self, Manner};
 use crate::bench::cases::{Case, Pattern};
 use crate::bench::client::{Baseline, Session};
 use crate::machine::Machine;
 use crate::stats::median;
 use crate::table::{Table, number, text};
 use crate::units::gbps;
-use crate::{Failure, agents};
 use kvxfer_core::{Agent, Integrity, Op, TransportKind};
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -36,7 +37,7 @@ pub(super) fn this_host(
     let bytes =
         if budget > Duration::ZERO { (2 * machine.l3_bytes).clamp(32 << 20, 256 << 20) } else { PIECE };
     let bytes = bytes.next_multiple_of(PIECE).min((machine.available_bytes / 10).max(PIECE) / PIECE * PIECE);
-    let mut session = Session::with_child(bytes)?;
+    let mut session = Session::with_child(bytes, Manner { nixl: true, no_spin: false })?;
     let here = session.agent.transports();
     let paths = session.peer.paths();
     for kind in TransportKind::ALL {

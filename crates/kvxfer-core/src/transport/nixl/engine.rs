@@ -346,7 +346,7 @@ impl Engine {
     /// For the keeper: serves peers, and drives jobs that nobody else has driven for a moment.
     pub(super) fn keep(&self) -> Seen {
         let idle = Duration::from_nanos(self.now().saturating_sub(self.driven.load(Ordering::Relaxed)));
-        if idle < Duration::from_millis(1) {
+        if idle < super::keeper::ASIDE {
             // A driver serves peers as well: all of it goes through the same worker.
             return Seen::OthersAtWork;
         }

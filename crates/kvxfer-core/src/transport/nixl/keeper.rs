@@ -2,8 +2,8 @@
 //!
 //! Some of what a peer does needs this side's help: building a connection, and over sockets every transfer (NIXL's UCX
 //! moves those bytes itself). Nothing tells when help is needed, so a thread looks, often while something happens and
-//! less and less often afterwards: at last every 5 ms where bytes go by CMA or RDMA, which is a tenth of a percent of a
-//! core, and every millisecond where a peer needs help, which is a few percent and the price of NIXL over sockets. It
+//! less and less often afterwards: at last every 10 ms where bytes go by CMA or RDMA, which is a fraction of a percent of
+//! a core, and every millisecond where a peer needs help, which is a few percent and the price of NIXL over sockets. It
 //! runs only while peers are connected, and it stays out of the way of a thread that waits for a transfer.
 
 use super::engine::{Engine, Seen};
@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 /// After the last activity it looks without sleeping for this long.
 const HOT: Duration = Duration::from_micros(100);
-/// Sleep while somebody else drives.
-const ASIDE: Duration = Duration::from_millis(1);
+/// Sleep while somebody else drives, and how long ago that may have been. A peer's flush may have to wait for it: UCX
+/// asks over a socket even where the bytes go by CMA, once both sides have written to each other.
+pub(super) const ASIDE: Duration = Duration::from_micros(200);
 /// Longest sleep, and that where a peer needs help.
-const COLD: Duration = Duration::from_millis(5);
+const COLD: Duration = Duration::from_millis(10);
 const COLD_HELPING: Duration = Duration::from_millis(1);
 
 /// The thread and how to end it.

@@ -62,7 +62,8 @@ impl Engine {
         })
     }
 
-    /// A worker for a new lane and the lane's token; starts the threads with the first one.
+    /// The worker with the fewest lanes and a token for a new one; starts the threads with the first lane. The lanes of
+    /// one link are started one after another, so they are spread over the threads.
     pub(super) fn worker(&self) -> Result<(Arc<Worker>, u64)> {
         let mut pool = self.pool.lock();
         if pool.stopped {
@@ -79,8 +80,8 @@ impl Engine {
             pool.workers.push((worker, thread));
         }
         let token = self.next.fetch_add(1, Ordering::Relaxed);
-        let i = token as usize % pool.workers.len();
-        Ok((pool.workers[i].0.clone(), token))
+        let least = pool.workers.iter().min_by_key(|(worker, _)| worker.lanes.lock().len());
+        least.map(|(worker, _)| (worker.clone(), token)).ok_or_else(stopped)
     }
 
     /// Makes a link known, hands it the streams that came before it, and ends it if not all have come by `deadline`.
