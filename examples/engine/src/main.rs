@@ -27,6 +27,7 @@ use kvxfer::Agent;
 use model::{Config, Model, Setup};
 use notify::Notifier;
 use scheduler::Scheduler;
+use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,6 +41,7 @@ const DRAIN: Duration = Duration::from_secs(3);
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    set_threads(&args);
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     match run(&args) {
@@ -49,6 +51,21 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The matrix library asks the environment for its number of threads at every product, and counts the machine's cores in
+/// `/proc/cpuinfo` where that says nothing. A process cannot safely change its own environment, so it starts over with it.
+fn set_threads(args: &Args) {
+    let threads = args.threads().to_string();
+    // Rows are shared out here, by the tile; the other pool would only spin.
+    let wanted = [("RAYON_NUM_THREADS", threads.as_str()), ("CANDLE_NUM_THREADS", "1")];
+    if wanted.iter().all(|(name, value)| std::env::var(name).as_deref() == Ok(value)) {
+        return;
+    }
+    let Ok(program) = std::env::current_exe() else { return };
+    let arguments = std::env::args_os().skip(1);
+    let e = std::process::Command::new(program).args(arguments).envs(wanted).exec();
+    eprintln!("kvxfer-engine: cannot set the number of threads ({e}); it will be slower");
 }
 
 fn run(args: &Args) -> Result<(), String> {

@@ -241,19 +241,49 @@ impl InplaceOp1 for CausalSoftmax {
         };
         for (i, row) in all[from..to].chunks_exact_mut(self.width).enumerate() {
             let (seen, masked) = row.split_at_mut((self.start + i % ROWS + 1).min(self.width));
-            let max = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let mut sum = 0.0;
-            for v in &mut *seen {
-                *v = (*v - max).exp();
-                sum += *v;
-            }
-            for v in seen {
-                *v /= sum;
-            }
+            softmax(seen);
             masked.fill(0.0);
         }
         Ok(())
     }
+}
+
+/// Softmax in place, in lanes that the compiler turns into vectors; the order of its sum depends on the length alone.
+fn softmax(row: &mut [f32]) {
+    const LANES: usize = 8;
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0.0; LANES];
+    let (whole, rest) = row.as_chunks_mut::<LANES>();
+    for lanes in whole {
+        for (v, sum) in lanes.iter_mut().zip(&mut sums) {
+            *v = exp(*v - max);
+            *sum += *v;
+        }
+    }
+    for (v, sum) in rest.iter_mut().zip(&mut sums) {
+        *v = exp(*v - max);
+        *sum += *v;
+    }
+    let scale = 1.0 / sums.iter().sum::<f32>();
+    for v in row {
+        *v *= scale;
+    }
+}
+
+/// e^x for x <= 0, to within two units in the last place: 2^n times a polynomial in the rest, without a branch or a call.
+fn exp(x: f32) -> f32 {
+    // Adding it leaves the nearest whole number in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.max(-87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    // ln 2 in two parts, the first of which is exact in few bits.
+    let r = (x - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let terms = [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+    let tail = terms.into_iter().fold(1.987_569_2e-4, |sum, term| sum * r + term);
+    let rest = tail * r * r + r + 1.0;
+    let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    rest * f32::from_bits(power)
 }
 
 /// Cosines and sines of every position's rotation.

@@ -1,6 +1,6 @@
 //! What a token's result may depend on.
 
-use super::{Cache, Config, Model, Piece, Rope, Setup, pack, unpack};
+use super::{Cache, Config, Model, Piece, Rope, Setup, exp, pack, softmax, unpack};
 
 fn model(threads: usize) -> Model {
     let config = Config {
@@ -133,4 +133,19 @@ fn a_fork_shares_what_is_full_and_copies_the_rest() {
     let (a, b) = (next(&mut first, 9), next(&mut second, 10));
     assert_ne!(a, b);
     assert_eq!(next(&mut first, 9), a, "the fork's token has not touched the first");
+}
+
+#[test]
+fn the_fast_exponential_is_one() {
+    for i in 0..=870_000u32 {
+        let x = -(i as f32) * 1e-4;
+        let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
+        assert!((found - expected).abs() <= 2.5e-7 * expected, "e^{x} is {expected}, not {found}");
+    }
+    assert_eq!(exp(0.0).to_bits(), 1f32.to_bits());
+    assert!(exp(-1000.0) < 1e-37);
+    let mut row: Vec<f32> = (0..37).map(|i| (i * 7 % 11) as f32).collect();
+    softmax(&mut row);
+    assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    assert!((row[3] / row[0] - 10f32.exp()).abs() < 0.02 * 10f32.exp());
 }

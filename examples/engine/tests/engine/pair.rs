@@ -35,7 +35,8 @@ impl Pair {
 /// Greedy and sampled, for every length; then the same with a decoder that zeroes what it receives.
 fn equal_over(transport: &str) {
     let env = [("KVXFER_TRANSPORTS", transport)];
-    let single = Instance::start(&["--max-num-batched-tokens", "512"], &[]);
+    // Other steps and another number of threads than the pair's.
+    let single = Instance::start(&["--max-num-batched-tokens", "512", "--threads", "3"], &[]);
     let pair = Pair::start(&env, &["--enable-prompt-tokens-details"]);
     for (seed, len) in LENGTHS.into_iter().enumerate() {
         for (way, more) in [("greedy", json!({})), ("sampled", json!({"temperature": 0.9, "seed": 7}))] {
