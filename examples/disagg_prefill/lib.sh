@@ -296,7 +296,7 @@ build() {
   if [ ${#packages[@]} -gt 0 ] && command -v cargo >/dev/null; then
     say "building (release; minutes the first time)"
     local features
-    features=$("$root/scripts/features.sh" 2>/dev/null || true)
+    features=$("$root/scripts/features.sh" || true)
     # The optional parts belong to the command; the engine is built without them.
     case " ${packages[*]} " in *kvxfer-cli*) ;; *) features='' ;; esac
     # shellcheck disable=SC2086 # words on purpose
