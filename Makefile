@@ -6,7 +6,7 @@ KVXFER := $(PROFILE_DIR)/kvxfer
 FEATURES = $(shell scripts/features.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench demo-vllm doctor install fuzz doc clean
+.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench bench-proxy demo-vllm doctor install fuzz doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,13 @@ header: ## regenerate include/kvxfer.h
 bench: build nixl ## the table of docs/performance.md; JSON and an HTML report land in build/
 	@mkdir -p build
 	$(KVXFER) bench --json build/bench.json --html build/bench.html
+
+# A Python with fastapi, uvicorn, httpx, msgspec and pyzmq for the comparison; the one of demo-vllm has them.
+PROXY_PYTHON ?= $(or $(wildcard $(or $(E2E_HOME),$(HOME)/.cache/kvxfer-e2e)/venv/bin/python),python3)
+
+bench-proxy: setup ## the proxy against one in Python: requests/s, added latency, 1,000 streams, idle
+	@mkdir -p build
+	cargo run --release -p kvxfer-proxy --example proxy_bench -- --python $(PROXY_PYTHON) --json build/bench-proxy.json
 
 doctor: build ## what this machine can do
 	$(KVXFER) doctor

@@ -2,6 +2,7 @@
 
 #[path = "support/chromium.rs"]
 mod chromium;
+mod support;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,13 +10,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use kvxfer_proto::Time;
 use kvxfer_proxy::dashboard;
 use kvxfer_proxy::stats::{Mark, Outcome, Row, Stats, Timeline};
 use serde_json::{Value, json};
+use support::Proxy;
+use support::client::{open, post, request};
+use support::engine::{Engine, Tells};
 
 /// A server on a free port that lives as long as the test.
 struct Server {
@@ -257,6 +261,53 @@ fn an_empty_proxy_and_a_locked_one() {
     let document = chromium::run(&browser, &server.url(), 2500, &["--dump-dom"]);
     assert!(text_of(&document, "id=\"state\"", "</p>").contains("Locked"));
     assert!(!document.contains("id=\"login\" hidden"), "the key is asked for");
+}
+
+/// The proxy itself, with engines that answer, one that has gone, and a request that waits for its cache.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_shows_what_a_running_proxy_tells() {
+    let Some(browser) = chromium::find("it_shows_what_a_running_proxy_tells") else { return };
+    let (one, two, gone, decoder) = (Engine::start(), Engine::start(), Engine::start(), Engine::start());
+    let proxy = Proxy::start(&[&one, &two, &gone], &[&decoder], "health: {interval: 50ms}\n").await;
+    for engine in [&one, &two, &gone] {
+        engine.notify(proxy.notify).await;
+    }
+    let body = json!({"model": "m", "prompt": "Tell me a story", "max_tokens": 5, "temperature": 0});
+    for _ in 0..6 {
+        let answer = post(proxy.at, "/v1/completions", &body).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    }
+    gone.stop().await;
+    proxy.until("it is seen to be gone", |stats| stats["instances"][2]["health"] == "down").await;
+    // The first token is there, the cache is not.
+    for engine in [&one, &two] {
+        engine.tells(Tells::Late(Duration::from_secs(3600)));
+    }
+    let mut asked = body.clone();
+    asked["stream"] = json!(true);
+    let (_, _, mut stream) =
+        open(proxy.at, request(Method::POST, "/v1/completions", asked.to_string())).await;
+    stream.piece().await.expect("the first token");
+
+    let url = format!("http://{}/dashboard", proxy.at);
+    let document = tokio::task::spawn_blocking(move || chromium::run(&browser, &url, 2500, &["--dump-dom"]));
+    let document = document.await.expect("it runs");
+    assert!(text_of(&document, "id=\"state\"", "</p>").contains("Serving"), "{document}");
+    let instances = text_of(&document, "<table id=\"instances\"", "</table>");
+    assert!(
+        instances.contains("prefiller1 127.0.0.1:") && instances.contains("decoder1 127.0.0.1:"),
+        "{instances}"
+    );
+    let third = &instances[instances.find("prefiller3").expect("it is listed")..];
+    assert!(third.split("decoder1").next().expect("its row").contains("Down"), "{instances}");
+    let ttft = text_of(&document, "<table id=\"ttft\"", "</table>");
+    assert!(ttft.contains("prefiller1") && ttft.contains("prefiller2"), "{ttft}");
+    let requests = text_of(&document, "<table id=\"requests\"", "</table>");
+    assert!(requests.contains("KV wait") && requests.contains("→ decoder1"), "{requests}");
+    assert!(text_of(&document, "id=\"way\"", "</ol>").contains("KV transfer 1"));
+    assert!(text_of(&document, "id=\"figures\"", "</dl>").contains("Answered 6"));
+    let phases = text_of(&document, "<table id=\"phases\"", "</table>");
+    assert!(phases.contains("Prefill") && phases.contains("Total"), "{phases}");
 }
 
 /// Pictures of both colour schemes; `KVXFER_UPDATE_SCREENSHOT=1` keeps one in `docs/`.
