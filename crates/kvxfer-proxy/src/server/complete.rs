@@ -341,9 +341,14 @@ async fn follow(
                 Ok(LegProgress::Done) => done = true,
                 Err(error) => {
                     if !bytes.is_empty() {
+                        *passed_on = true;
                         send(trace, join, out, bytes).await;
                     }
-                    return Err(Broke::Engine(error));
+                    // An engine's own word is final; what no engine says is a fault that another may not have.
+                    return Err(match error.verbatim {
+                        Some(_) => Broke::Engine(error),
+                        None => Broke::Trouble(Trouble::new(Failure::Broken, error.message)),
+                    });
                 }
             }
         }
