@@ -206,10 +206,7 @@ async fn what_cannot_be_started_names_the_key_or_the_port() {
             "tls.cert: /nowhere/cert.pem".to_owned(),
         ),
     ] {
-        let problem = match kvxfer_proxy::start(config(&yaml)).await {
-            Err(problem) => problem,
-            Ok(_) => panic!("{says}: it started"),
-        };
+        let Err(problem) = kvxfer_proxy::start(config(&yaml)).await else { panic!("{says}: it started") };
         assert!(problem.to_string().contains(&says), "{problem} should say {says}");
         if let StartError::Io(e) = &problem
             && e.kind() == std::io::ErrorKind::AddrInUse
