@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use kvxfer_proxy::openai::{
-    ApiError, DisaggSpec, Endpoint, Leg, Limits, Next, Plan, Request, TokenSource, Tokenized,
+    ApiError, Chats, DisaggSpec, Endpoint, Leg, Limits, Next, Plan, Request, TokenSource, Tokenized,
 };
 use serde_json::{Value, json};
 
@@ -131,6 +131,21 @@ fn a_chat_becomes_a_completion_of_its_tokens() {
         json!({"model": "m", "prompt": [5, 6, 9], "max_tokens": 7, "stop": "\n", "stream": true,
             "stream_options": {"include_usage": true}, "kv_transfer_params": {"k": 1}})
     );
+}
+
+#[test]
+fn chats_can_be_left_to_the_engines_own_endpoint() {
+    let body = json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8});
+    let limits = Limits { chats: Chats::Engine, ..Limits::default() };
+    let read = |endpoint, body: &Value| {
+        Request::parse(endpoint, Bytes::from(body.to_string()), &limits).expect("good")
+    };
+    let request = read(Endpoint::Chat, &body);
+    let plan = leg(&request, &[1, 2, 3]);
+    assert_eq!(plan.plan().name(), "decoder_samples");
+    assert_eq!(value(&plan.whole_body(&request, None)), body);
+    let request = read(Endpoint::Completions, &json!({"prompt": "a"}));
+    assert_eq!(*leg(&request, &[1, 2]).plan(), Plan::FirstToken, "only chats");
 }
 
 #[test]
@@ -350,7 +365,7 @@ fn bad_requests_name_the_field_and_the_value() {
         &Limits::default(),
     );
     assert!(error.expect_err("no text").message.contains("UTF-8"));
-    let limits = Limits { max_prompts: 2, max_prompt_tokens: 3 };
+    let limits = Limits { max_prompts: 2, max_prompt_tokens: 3, ..Limits::default() };
     let many =
         Request::parse(Endpoint::Completions, Bytes::from_static(br#"{"prompt":["a","b","c"]}"#), &limits);
     assert!(many.expect_err("too many").message.contains("length 3 exceeds the maximum allowed count of 2"));

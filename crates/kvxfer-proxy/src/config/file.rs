@@ -4,6 +4,7 @@ use super::{
     ConfigError, Deadlines, Health, Instance, KvPath, Limits, Policies, Policy, Receiver, Role, Secret,
     TlsFiles,
 };
+use crate::openai::Chats;
 use serde::Deserialize;
 use std::path::Path;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub struct File {
     pub policy: Option<FilePolicy>,
     /// How caches travel.
     pub kv: Option<KvPath>,
+    /// Who answers chats of plain text.
+    pub chats: Option<Chats>,
     /// Limits.
     pub limits: Limits,
     /// Deadlines.

@@ -94,6 +94,7 @@ impl Flags {
         let settings = Settings {
             policy,
             kv: file.kv.unwrap_or_default(),
+            chats: file.chats.unwrap_or_default(),
             limits,
             deadlines,
             health: file.health,

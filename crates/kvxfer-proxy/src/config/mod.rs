@@ -10,6 +10,7 @@ mod flags;
 pub use file::{File, FileDecoder, FilePolicy, FilePrefiller};
 pub use flags::Flags;
 
+use crate::openai::Chats;
 use kvxfer_proto::notify::MAX_TP_RANKS;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -42,6 +43,8 @@ pub struct Settings {
     pub policy: Policies,
     /// How the cache travels.
     pub kv: KvPath,
+    /// Who answers chats.
+    pub chats: Chats,
     /// Limits.
     pub limits: Limits,
     /// Deadlines.

@@ -26,7 +26,7 @@ pub use full::{LegAnswer, join_full};
 pub use leg::{DisaggSpec, Leg, Next};
 pub use object::Object;
 pub use plan::Plan;
-pub use request::{Endpoint, Limits, Request, TokenSource};
+pub use request::{Chats, Endpoint, Limits, Request, TokenSource};
 pub use sse::{Event, SseError, SseReader, write_event};
 pub use stream::{LegProgress, StreamJoin};
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::str::FromStr;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use super::error::ApiError;
@@ -39,18 +40,32 @@ impl Endpoint {
     }
 }
 
-/// What one request may ask for.
+/// Who answers a chat of plain text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Chats {
+    /// The prefiller its first token, the decoder's `/v1/completions` the rest.
+    #[default]
+    FirstToken,
+    /// The decoder's own chat endpoint, which knows its reasoning parser; see
+    /// [`Plan::DecoderSamples`](super::Plan::DecoderSamples).
+    Engine,
+}
+
+/// What one request may ask for, and how it is read.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Prompts in one request; each is a prefill and a transfer of its own.
     pub max_prompts: usize,
     /// Tokens of one prompt.
     pub max_prompt_tokens: usize,
+    /// Who answers chats.
+    pub chats: Chats,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_prompts: 128, max_prompt_tokens: 4 << 20 }
+        Self { max_prompts: 128, max_prompt_tokens: 4 << 20, chats: Chats::default() }
     }
 }
 
@@ -116,7 +131,10 @@ impl Request {
         })?;
         let object = Object::parse(text)
             .map_err(|e| ApiError::new(400, format!("The body must be a JSON object: {e}.")))?;
-        let view = View::read(endpoint, &object)?;
+        let mut view = View::read(endpoint, &object)?;
+        if endpoint == Endpoint::Chat && limits.chats == Chats::Engine {
+            view.decoder_samples.get_or_insert_with(|| "chats: engine".into());
+        }
         let prompts = match endpoint {
             Endpoint::Completions => Prompts::read(text, &object, limits)?,
             Endpoint::Chat => Prompts::read_chat(&object)?,

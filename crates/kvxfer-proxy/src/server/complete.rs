@@ -42,8 +42,11 @@ pub(crate) async fn complete(app: Arc<App>, endpoint: Endpoint, request: hyper::
         Ok(body) => body,
         Err(error) => return refused(&app, endpoint, came, &error),
     };
-    let limits =
-        Limits { max_prompts: settings.limits.prompts, max_prompt_tokens: settings.limits.prompt_tokens };
+    let limits = Limits {
+        max_prompts: settings.limits.prompts,
+        max_prompt_tokens: settings.limits.prompt_tokens,
+        chats: settings.chats,
+    };
     let request = match Request::parse(endpoint, body, &limits) {
         Ok(request) => Arc::new(request),
         Err(error) => return refused(&app, endpoint, came, &error),
