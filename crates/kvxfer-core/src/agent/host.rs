@@ -15,6 +15,10 @@ use std::time::Instant;
 pub(crate) trait Host: Send + Sync + 'static {
     /// A channel message (`Attach` … `Renew`, see the wire module) arrived. False: not for this host, ask the next.
     fn message(&self, peer: &Peer, message: &Message) -> bool;
+    /// Name of the open pool it serves: no two of an agent may have the same.
+    fn pool(&self) -> Option<String> {
+        None
+    }
     /// A peer is connected (by either side); also called for each peer that is up when the host is added.
     fn peer_up(&self, _peer: &Peer) {}
     /// The peer of this epoch is gone; its writes may still land until [`Host::peer_fenced`].

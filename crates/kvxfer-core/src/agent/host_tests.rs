@@ -27,7 +27,7 @@ impl Recorder {
     fn on(agent: &Agent) -> Arc<Self> {
         let r = Arc::new(Self::default());
         let host: Arc<dyn Host> = r.clone();
-        agent.add_host(Arc::downgrade(&host));
+        agent.add_host(Arc::downgrade(&host)).expect("no pool, no clash");
         r
     }
     fn note(&self, what: &str, peer: &Peer) {

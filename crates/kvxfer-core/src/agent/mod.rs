@@ -309,11 +309,28 @@ impl Agent {
     pub(crate) fn pool_gauges(&self, pool: &str) -> crate::metrics::PoolGauges {
         self.handle.inner.metrics.pool(pool)
     }
-    /// Adds a channel; it is asked in the order of addition and forgotten when it is dropped.
-    pub(crate) fn add_host(&self, host: std::sync::Weak<dyn host::Host>) {
+    /// Adds a channel; it is asked in the order of addition and forgotten when it is dropped. Refuses a second pool of a
+    /// name that is taken: senders could not tell the two apart.
+    pub(crate) fn add_host(&self, host: std::sync::Weak<dyn host::Host>) -> Result<()> {
         let inner = &self.handle.inner;
-        inner.hosts.write().push(host.clone());
+        let pool = host.upgrade().and_then(|h| h.pool());
+        // Dropped after the lock: one of them may be the last to hold its channel.
+        let others: Vec<_>;
+        let mut hosts = inner.hosts.write();
+        others = hosts.iter().filter_map(std::sync::Weak::upgrade).collect();
+        if pool.is_some() && others.iter().any(|h| h.pool() == pool) {
+            return Err(Error::InvalidArgument {
+                argument: "pool",
+                problem: format!(
+                    "{:?} is open on this agent already; close it first, or name this one differently",
+                    pool.unwrap_or_default()
+                ),
+            });
+        }
+        hosts.push(host.clone());
+        drop(hosts);
         inner.reactor.command(Command::HostAdded(host));
+        Ok(())
     }
     /// Makes the progress thread ask every host's tick soon.
     pub(crate) fn schedule(&self) {

@@ -184,7 +184,7 @@ impl Pool {
         });
         pool.state.lock().show();
         let host: Weak<Pool> = Arc::downgrade(&pool);
-        agent.add_host(host);
+        agent.add_host(host)?;
         Ok(pool)
     }
 
@@ -307,6 +307,10 @@ fn part(pool: Arc<Pool>) {
 }
 
 impl Host for Pool {
+    fn pool(&self) -> Option<String> {
+        (!self.state.lock().closed).then(|| self.name.to_string())
+    }
+
     fn message(&self, peer: &Peer, message: &Message) -> bool {
         let id = Self::id(peer);
         let mut state = self.state.lock();

@@ -120,7 +120,7 @@ impl Session {
             changed: Condvar::new(),
         });
         let host: Weak<Self> = Arc::downgrade(&session);
-        agent.add_host(host);
+        agent.add_host(host)?;
         let (channel, pool, geometry) = (session.channel, config.pool.clone(), config.geometry.clone());
         let result = peer
             .send(Message::Attach { channel, pool, geometry })

@@ -559,6 +559,21 @@ fn a_failed_transfer_reaches_both_sides() {
 }
 
 #[test]
+fn two_pools_of_one_name_are_refused_while_both_are_open() {
+    let to = agent("decoder", &[TransportKind::Inproc], |_| ());
+    let first = Receiver::new(&to, config(2)).expect("a pool");
+    let e = Receiver::new(&to, config(2)).expect_err("the name is taken");
+    assert!(
+        e.code() == ErrorCode::InvalidArgument && e.to_string().contains("is open on this agent already"),
+        "{e}"
+    );
+    let other = ReceiverConfig { pool: "other".into(), ..config(2) };
+    Receiver::new(&to, other).expect("another name");
+    first.close(SOON).expect("closed");
+    Receiver::new(&to, config(2)).expect("the name is free again");
+}
+
+#[test]
 fn a_stalled_transfer_ends_by_the_request_s_deadline() {
     let faults = FaultPlan { stall_after: Some(1), ..FaultPlan::default() };
     let p = faulty(TransportKind::Shm, Integrity::Bound, faults);
