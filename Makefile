@@ -23,8 +23,8 @@ build: setup ## the library and the command, release profile
 nixl: ## NIXL from PyPI into the cache folder, for the nixl transport
 	@scripts/install-nixl.sh || echo "nixl: not installed; everything else works without it"
 
-demo: build nixl ## the main job: a prompt's KV cache from one process to another, every byte checked
-	$(KVXFER) demo
+demo: build nixl ## the main job: two prefillers, a decoder and the proxy answer prompts; a large cache over each transport
+	KVXFER=$(CURDIR)/$(KVXFER) KVXFER_ENGINE=$(CURDIR)/$(PROFILE_DIR)/kvxfer-engine examples/disagg_prefill/demo.sh
 
 test: setup-test nixl test-rust test-python ## every test: Rust, C, C++, Python
 
