@@ -56,7 +56,7 @@ bench-proxy: setup ## the proxy against one in Python: requests/s, added latency
 doctor: build ## what this machine can do
 	$(KVXFER) doctor
 
-demo-vllm: setup-test ## a real vLLM prefiller and decoder hand over a real cache through kvxfer (CPU, ~10 min the first time)
+demo-vllm: setup-test build ## a real vLLM prefiller and decoder hand over a real cache through kvxfer (CPU, ~10 min the first time)
 	scripts/demo-vllm.sh
 
 install: build ## library, headers, pkg-config, CMake package and command into PREFIX (DESTDIR is honoured)

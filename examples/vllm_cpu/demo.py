@@ -2,8 +2,9 @@
 
     python demo.py [--sync | --async] [--keep] [--skip-bench] [--reps 5]
 
-1. One prefiller, one decoder, one proxy. For each prompt: greedy tokens through the proxy must equal the decoder's own, and
-   kvxfer's counters must show exactly the bytes of that prompt's cache.
+1. One prefiller, one decoder, `kvxfer proxy`. For each prompt: greedy tokens through the proxy must equal the decoder's own,
+   and kvxfer's counters must show exactly the bytes of that prompt's cache. The same with LMCache's stock NIXL channel behind
+   the same proxy, which has no counters.
 2. The negative control: with the received cache zeroed the tokens must differ, so equality above means something.
 3. LMCache's PD backend with its NIXL channel and with kvxfer's, in one run: kvxfer must be at least twice as fast.
 
@@ -31,6 +32,7 @@ GENERATED = 24
 CACHE_BYTES_PER_TOKEN = 4 * 2 * 4 * 32 * 2
 BAR = 2.0
 WROTE = re.compile(r"kvxfer: wrote (\d+) objects?, (\d+) bytes over (\S+) to")
+PHASE = re.compile(r"(\w+);dur=([0-9.]+)")
 LOG_PATIENCE_S = 10
 
 
@@ -51,8 +53,10 @@ def complete(base, tokens):
     response = httpx.post(base + "/v1/completions", json=body, timeout=600, trust_env=False)
     if response.is_error:
         raise RuntimeError(f"{base} answered {response.status_code}: {response.text[:500]}")
-    answer = response.json()
-    return answer["choices"][0]["token_ids"], answer.get("pd_timing_s", {})
+    # What the proxy says of the request's phases, in milliseconds.
+    timing = {name: float(ms) for name, ms in PHASE.findall(response.headers.get("x-kvxfer-timing", ""))}
+    timing["decode"] = timing.get("first_decode", 0) + timing.get("rest", 0)
+    return response.json()["choices"][0]["token_ids"], timing
 
 
 class Carried:
@@ -76,7 +80,8 @@ class Carried:
 def check_tokens(stack):
     """Part 1 and 2 for one stack. Returns the failures, as sentences."""
     failures = []
-    carried = Carried(stack.log("prefiller"))
+    carried = Carried(stack.log("prefiller")) if stack.channel == "kvxfer" else None
+    name = f"{stack.channel}, {stack.mode}"
     alone_tokens = {}
     print(
         f"\n{'prompt':>8} {'tokens':<16}{'carried by kvxfer':>26}{'prefill ms':>12}{'handover ms':>13}{'decode ms':>11}"
@@ -84,28 +89,26 @@ def check_tokens(stack):
     for tokens in PROMPT_TOKENS:
         alone_tokens[tokens], _ = complete(stack.decoder, tokens)
         through, timing = complete(stack.proxy, tokens)
-        total, transports = carried.since_last(tokens * CACHE_BYTES_PER_TOKEN)
+        size = tokens * CACHE_BYTES_PER_TOKEN
+        total, transports = carried.since_last(size) if carried else (0, [])
         same = through == alone_tokens[tokens]
         if not same:
             failures.append(
-                f"{tokens} tokens ({stack.mode}): {through} through the proxy, {alone_tokens[tokens]} from one instance"
+                f"{tokens} tokens ({name}): {through} through the proxy, {alone_tokens[tokens]} from one instance"
             )
-        if total != tokens * CACHE_BYTES_PER_TOKEN:
-            failures.append(
-                f"{tokens} tokens ({stack.mode}): kvxfer carried {total} bytes, the cache has {tokens * CACHE_BYTES_PER_TOKEN}"
-            )
-        ms = "".join(
-            f"{1e3 * timing.get(k, 0):>{w}.1f}" for k, w in (("prefill", 12), ("handover", 13), ("decode", 11))
-        )
+        if carried and total != size:
+            failures.append(f"{tokens} tokens ({name}): kvxfer carried {total} bytes, the cache has {size}")
+        ms = "".join(f"{timing.get(k, 0):>{w}.1f}" for k, w in (("prefill", 12), ("kv_wait", 13), ("decode", 11)))
         verdict = f"{len(through)} equal" if same else "DIFFERENT"
-        print(f"{tokens:>8} {verdict:<16}{f'{total:,} B over ' + '+'.join(transports):>26}{ms}", flush=True)
+        by = f"{total:,} B over {'+'.join(transports)}" if carried else "-"
+        print(f"{tokens:>8} {verdict:<16}{by:>26}{ms}", flush=True)
 
     stack.corrupt_marker.touch()
     insensitive = [n for n in PROMPT_TOKENS if complete(stack.proxy, n)[0] == alone_tokens[n]]
     stack.corrupt_marker.unlink()
     if insensitive:
         failures.append(
-            f"negative control ({stack.mode}): zeroed cache changed nothing for prompts of {insensitive} tokens"
+            f"negative control ({name}): zeroed cache changed nothing for prompts of {insensitive} tokens"
         )
     print(
         f"negative control: received cache zeroed, tokens differ for {len(PROMPT_TOKENS) - len(insensitive)} of {len(PROMPT_TOKENS)} prompts"
@@ -133,17 +136,19 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     failures = []
-    modes = options.modes or ["async", "sync"]
-    for mode in modes:
+    stacks = [("kvxfer", mode) for mode in options.modes or ["async", "sync"]]
+    if not options.keep:
+        stacks.append(("nixl", stacks[0][1]))
+    for channel, mode in stacks:
         started = time.monotonic()
         print(
-            f'\n== vLLM + LMCache, transfer_channel: "kvxfer", pd_backend_mode: {mode}: starting prefiller, decoder and proxy',
+            f'\n== vLLM + LMCache, transfer_channel: "{channel}", pd_backend_mode: {mode}: starting prefiller, decoder and proxy',
             flush=True,
         )
-        with Stack(mode, dtype=dtype()) as stack:
+        with Stack(mode, channel, dtype()) as stack:
             print(f"up after {time.monotonic() - started:.0f} s; logs in {stack.logs}", flush=True)
             failures += check_tokens(stack)
-            if options.keep and mode == modes[-1]:
+            if options.keep and (channel, mode) == stacks[-1]:
                 print(
                     f"\nproxy {stack.proxy}\nprefiller {stack.prefiller}\ndecoder {stack.decoder}\nCtrl-C ends it",
                     flush=True,

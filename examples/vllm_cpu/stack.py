@@ -86,6 +86,14 @@ class Server:
         self.keeper.wait()
 
 
+def kvxfer_command():
+    """The `kvxfer` command: KVXFER, or the release build of this repository."""
+    binary = pathlib.Path(os.environ.get("KVXFER") or HERE.parents[1] / "target" / "release" / "kvxfer")
+    if not os.access(binary, os.X_OK):
+        raise SystemExit(f"{binary} is not there; `make build` makes it, or name another one in KVXFER")
+    return binary
+
+
 class Stack:
     """A prefiller, a decoder and a proxy. `proxy`, `prefiller` and `decoder` are base URLs once started."""
 
@@ -126,19 +134,11 @@ class Stack:
         prefill_core, decode_core = cores()
         self._serve("prefiller", prefiller, prefill_core, {"pd_proxy_port": notify})
         self._serve("decoder", decoder, decode_core, {"pd_peer_init_port": init, "pd_peer_alloc_port": alloc})
-        command = [
-            sys.executable,
-            HERE / "proxy.py",
-            "--port",
-            proxy,
-            "--notify",
-            notify,
-            "--init-port",
-            init,
-            "--alloc-port",
-            alloc,
-        ]
-        command += ["--prefiller", self.prefiller, "--decoder", self.decoder]
+        command = [kvxfer_command(), "proxy", "--host", "127.0.0.1", "--port", proxy]
+        command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", prefiller]
+        command += ["--decoder-host", "127.0.0.1", "--decoder-port", decoder]
+        command += ["--decoder-init-port", init, "--decoder-alloc-port", alloc]
+        command += ["--proxy-host", "127.0.0.1", "--proxy-port", notify]
         self.servers.append(Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy")))
         deadline = time.monotonic() + START_TIMEOUT_S
         for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=True):
