@@ -59,8 +59,12 @@ impl Bare {
 
     /// Ends the child.
     pub(crate) fn close(self) {
-        drop(self.agent);
-        self.child.finish(Duration::from_secs(2));
+        let Self { agent, child, .. } = self;
+        // Before the child it is connected to.
+        {
+            let _ends_here = agent;
+        }
+        child.finish(Duration::from_secs(2));
     }
 }
 
