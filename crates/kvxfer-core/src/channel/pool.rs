@@ -308,7 +308,7 @@ fn part(pool: Arc<Pool>) {
 
 impl Host for Pool {
     fn pool(&self) -> Option<String> {
-        (!self.state.lock().closed).then(|| self.name.to_string())
+        (!self.state.lock().closed).then(|| self.name.clone())
     }
 
     fn message(&self, peer: &Peer, message: &Message) -> bool {
