@@ -59,12 +59,9 @@ impl Bare {
 
     /// Ends the child.
     pub(crate) fn close(self) {
-        let Self { agent, child, .. } = self;
         // Before the child it is connected to.
-        {
-            let _ends_here = agent;
-        }
-        child.finish(Duration::from_secs(2));
+        self.agent.close();
+        self.child.finish(Duration::from_secs(2));
     }
 }
 

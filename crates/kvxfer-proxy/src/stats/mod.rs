@@ -39,7 +39,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// All of them, in the order of [`Totals`].
+    /// All of them, in the order of `Totals`.
     pub const ALL: [Self; 5] = [Self::Ok, Self::Refused, Self::Busy, Self::Failed, Self::Cancelled];
 
     /// Its name in metrics and logs.

@@ -58,6 +58,10 @@ impl Bare {
         match *self {}
     }
     /// Not reached.
+    pub fn close(self) {
+        match self {}
+    }
+    /// Not reached.
     pub fn progress(&self) -> Result<()> {
         match *self {}
     }

@@ -89,6 +89,11 @@ impl Bare {
         Ok(())
     }
 
+    /// Takes NIXL down.
+    pub fn close(self) {
+        drop(self);
+    }
+
     /// Lets NIXL do what peers asked for; to be called in a loop by the passive side.
     pub fn progress(&self) -> Result<()> {
         let mut notifications = NotificationMap::new().map_err(|e| failed("create_notif_map", &e))?;
