@@ -6,9 +6,9 @@
 //!   └─ connect ──► Peer ── region ──► RemoteRegion       └─► deadline on the progress thread
 //! ```
 //!
-//! The public types are here; [`state`] is what they share, [`progress`] the thread that owns sockets and timers,
-//! [`doors`], [`accept`] and [`connect`] the ways in and out up to the end of a handshake, [`links`] the data paths, [`entry`] the end of a peer,
-//! [`mailbox`] and [`inbox`] the notifications, and [`host`] the seam to the channels.
+//! The public types are here; `state` is what they share, `progress` the thread that owns sockets and timers,
+//! `doors`, `accept` and `connect` the ways in and out up to the end of a handshake, `links` the data paths, `entry` the end of a peer,
+//! `mailbox` and `inbox` the notifications, and `host` the seam to the channels.
 
 mod accept;
 pub(crate) mod address;

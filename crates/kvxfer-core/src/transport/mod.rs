@@ -1,6 +1,6 @@
 //! The seam between the agent and what carries bytes.
 //!
-//! A [`Transport`] belongs to one agent. It says what it can do, registers memory and makes an [`Offer`]; given a
+//! A [`Transport`] belongs to one agent. It says what it can do, registers memory and makes an `Offer`; given a
 //! peer's offer it connects a [`Link`]. A link imports the peer's regions and moves [`Job`]s. Progress is pushed into
 //! the job's [`Tracker`] by whichever thread moves the bytes, so nobody polls for completion; transports whose
 //! library must be polled (NIXL) say so in their capabilities and get [`Transport::poll`] from the progress thread.

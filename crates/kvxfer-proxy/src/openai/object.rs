@@ -35,7 +35,7 @@ impl<'a> Object<'a> {
         self.fields.iter().map(|(k, v)| (k.as_ref(), *v))
     }
 
-    /// Writes the object with changes; see [`write_patched`].
+    /// Writes the object with changes; see `write_patched`.
     pub fn write(&self, out: &mut Vec<u8>, patches: &[(&str, Option<&str>)]) {
         write_patched(out, self.iter(), patches);
     }

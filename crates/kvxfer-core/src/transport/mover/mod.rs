@@ -1,6 +1,6 @@
 //! The engine under `inproc`, `shm` and `cma`: threads (and waiting callers) that move jobs slice by slice.
 //!
-//! A link owns a [`Lane`]. `submit` checks the job and either moves it at once, when it is small, or queues it: cheap
+//! A link owns a `Lane`. `submit` checks the job and either moves it at once, when it is small, or queues it: cheap
 //! in both cases, and it never waits. Copy threads take slices from the lanes in turn (first in, first out within a
 //! lane), so a big job of one peer does not hold up the others; a caller that waits for a job takes slices of it as
 //! well. Threads start with the first job that needs them, and sleep when there is nothing to do.

@@ -3,14 +3,14 @@
 //! The side that opened the control connection also opens the data connections, to the same address; each starts
 //! with a [`frame::Preamble`] by which the other side's listener knows the peer and hands the socket over
 //! ([`Transport::adopt`]). From then on both sides are equal: each may write and read. Jobs are cut into frames
-//! ([`job`]); whichever stream can send takes the next frame of the job whose turn it is ([`link`]), so a transfer
+//! (`job`); whichever stream can send takes the next frame of the job whose turn it is (`link`), so a transfer
 //! is striped over the streams and several transfers share them fairly. A frame carries many small pieces or a part
-//! of a large one. The kernel copies between sockets and the registered memory itself ([`scatter`]); nothing is
-//! staged. Each stream is a pair of small state machines ([`lane`]) driven by an I/O thread ([`engine`]).
+//! of a large one. The kernel copies between sockets and the registered memory itself (`scatter`); nothing is
+//! staged. Each stream is a pair of small state machines (`lane`) driven by an I/O thread (`engine`).
 //!
 //! Writes are acknowledged frame by frame after the bytes have arrived and passed their check. Answers go ahead of
 //! new frames and receiving never waits for sending, so two sides that saturate each other cannot block each other.
-//! What a peer may touch is decided by [`region`]; a frame that breaks the rules ends that peer's link and nothing else.
+//! What a peer may touch is decided by `region`; a frame that breaks the rules ends that peer's link and nothing else.
 
 mod engine;
 pub mod frame;
