@@ -509,13 +509,13 @@ async fn tokens(
                 }
             },
             // What is wrong with the request, the decoder says in the words of its own endpoint.
+            Ok((status, _)) if !status.is_server_error() => {
+                return Ok(request.decoder_leg(index, format!("/tokenize answered {}", status.as_u16())));
+            }
             Ok((status, body)) => {
                 why = format!("{} answered {} to /tokenize", instance.name, status.as_u16());
-                if status.is_server_error() {
-                    tracing::warn!(instance = instance.name, status = status.as_u16(), body = %String::from_utf8_lossy(&body[..body.len().min(200)]), "cannot tokenize");
-                } else {
-                    break;
-                }
+                let body = String::from_utf8_lossy(&body[..body.len().min(200)]).into_owned();
+                tracing::warn!(instance = instance.name, status = status.as_u16(), body, "cannot tokenize");
             }
             Err(trouble) => {
                 why = trouble.text;
