@@ -5,7 +5,8 @@ use super::{
     TlsFiles,
 };
 use crate::openai::Chats;
-use serde::Deserialize;
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use std::path::Path;
 use std::time::Duration;
 
@@ -53,13 +54,35 @@ pub struct File {
 }
 
 /// A policy's name, or the table.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug)]
 pub enum FilePolicy {
     /// For both roles.
     One(Policy),
     /// For each.
     Each(Policies),
+}
+
+impl<'de> Deserialize<'de> for FilePolicy {
+    /// By hand, so that an error names the value and not only its place.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = FilePolicy;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("the name of a policy, or `prefill` and `decode` with a name each")
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<FilePolicy, E> {
+                name.parse().map(FilePolicy::One).map_err(de::Error::custom)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<FilePolicy, A::Error> {
+                Policies::deserialize(de::value::MapAccessDeserializer::new(map)).map(FilePolicy::Each)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
 }
 
 /// A prefiller in the file and in `/admin/instances`.
@@ -96,7 +119,7 @@ pub struct FileDecoder {
 
 /// One port or a list.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a port is a number from 1 to 65535; give one, or a list of them")]
 enum Ports {
     One(u16),
     Many(Vec<u16>),
