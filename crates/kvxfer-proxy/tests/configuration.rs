@@ -1,13 +1,11 @@
 //! Flags and files: what they come to, and that whatever is wrong is named with its remedy.
 
-use kvxfer_proxy::config::{File, KvPath, Policy};
+use kvxfer_proxy::config::{File, Instance, KvPath, Policy};
 use kvxfer_proxy::{Config, Flags};
 use std::time::Duration;
 
 fn places(config: &Config) -> (Vec<String>, Vec<String>) {
-    let list = |all: &[kvxfer_proxy::config::Instance]| {
-        all.iter().map(|i| format!("{} {}", i.name, i.authority())).collect()
-    };
+    let list = |all: &[Instance]| all.iter().map(|i| format!("{} {}", i.name, i.authority())).collect();
     (list(&config.prefillers), list(&config.decoders))
 }
 
@@ -47,7 +45,7 @@ fn hosts_ports_and_counts_pair_as_in_lmcaches_proxy() {
             num_prefillers: count,
             ..Flags::default()
         };
-        load(&flags, "").map(|config| config.prefillers.iter().map(|i| i.authority()).collect::<Vec<_>>())
+        load(&flags, "").map(|config| config.prefillers.iter().map(Instance::authority).collect::<Vec<_>>())
     };
     assert_eq!(
         hosts(&[], &[8100], Some(3)),
