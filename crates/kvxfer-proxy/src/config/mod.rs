@@ -284,6 +284,13 @@ pub struct Policies {
     pub chunks: usize,
 }
 
+impl Policies {
+    /// Itself, if a prompt's beginning matters to it.
+    pub(crate) fn looks_at_prefixes(&self) -> Option<&Self> {
+        [self.prefill, self.decode].contains(&Policy::PrefixAffinity).then_some(self)
+    }
+}
+
 impl Default for Policies {
     fn default() -> Self {
         Self { prefill: Policy::RoundRobin, decode: Policy::RoundRobin, chunk_tokens: 256, chunks: 1 }

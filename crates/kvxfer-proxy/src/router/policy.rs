@@ -3,7 +3,7 @@
 use super::node::{InstanceId, Node};
 use crate::config::{Policies, Policy};
 use std::collections::BTreeMap;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// How much more than its share an instance may have before prefix affinity lets a request go elsewhere.
 const SLACK: f64 = 1.5;
@@ -24,11 +24,8 @@ pub fn prefix_digest(tokens: &[u32], policies: &Policies) -> u64 {
     let chunk = policies.chunk_tokens.max(1);
     let whole = tokens.len() / chunk;
     let end = if whole == 0 { tokens.len() } else { whole.min(policies.chunks.max(1)) * chunk };
-    let mut digest = Xxh3::new();
-    for token in &tokens[..end] {
-        digest.update(&token.to_le_bytes());
-    }
-    digest.digest()
+    let bytes: Vec<u8> = tokens[..end].iter().flat_map(|token| token.to_le_bytes()).collect();
+    xxh3_64(&bytes)
 }
 
 /// Chooses among `candidates`, which is not empty.

@@ -259,7 +259,8 @@ async fn leg_streamed(
     join: &Mutex<StreamJoin>,
     out: &Emitter<Result<Bytes, ApiError>>,
 ) -> Result<(), ApiError> {
-    let (mut run, start, leg) = LegRun::start(app, trace, request, headers, index).await?;
+    // Boxed, like the asking below: what only the beginning needs must not lie in memory as long as the stream lasts.
+    let (mut run, start, leg) = Box::pin(LegRun::start(app, trace, request, headers, index)).await?;
     let mut bytes = Vec::with_capacity(512);
     let first = match start {
         Start::Finished(first) => {
@@ -277,7 +278,7 @@ async fn leg_streamed(
     drop(leg);
     run.wait_for_cache().await;
     loop {
-        let decoding = run.decode(first.as_ref()).await?;
+        let decoding = Box::pin(run.decode(first.as_ref())).await?;
         let (at, decoder) = (decoding.at, Arc::clone(&decoding.decoder));
         let mut passed_on = false;
         match follow(&mut run, decoding, trace, join, out, &mut passed_on).await {

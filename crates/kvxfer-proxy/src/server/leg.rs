@@ -182,7 +182,11 @@ impl LegRun {
         let demand = Demand {
             prompt: leg.tokens().len() as u64,
             answer: most.saturating_mul(prompt.request.n() as u64),
-            prefix: prefix_digest(leg.prefill_tokens(), &self.settings.policy),
+            prefix: self
+                .settings
+                .policy
+                .looks_at_prefixes()
+                .map_or(0, |policies| prefix_digest(leg.prefill_tokens(), policies)),
         };
         let wants_prefill = !matches!(leg.plan(), Plan::DecoderOnly(_));
         let id = self.place.id;
