@@ -217,7 +217,7 @@ impl Demo {
 
 impl Kill {
     /// Nothing under way is left, what stayed published is right, the next sender delivered every byte, and at the end
-    /// every page is free and no descriptor more is open than before.
+    /// every page is free and no descriptor more is open than before, but for those a library may keep.
     pub(super) fn held(&self) -> bool {
         self.after.is_quiet()
             && self.survivors.wrong.is_none()

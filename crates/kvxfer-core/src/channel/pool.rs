@@ -182,9 +182,10 @@ impl Pool {
             state: Mutex::new(State::new(machine::Receiver::new(settings), agent.pool_gauges(&config.pool))),
             changed: Condvar::new(),
         });
-        pool.state.lock().show();
         let host: Weak<Pool> = Arc::downgrade(&pool);
         agent.add_host(host)?;
+        // Only now: a pool that is refused has no business in the metrics of the one whose name it wanted.
+        pool.state.lock().show();
         Ok(pool)
     }
 
