@@ -120,9 +120,9 @@ def child(role, channel, timed, rendezvous, ports):
 
     torch.set_num_threads(1)
     if channel == "kvxfer":
-        from kvxfer import lmcache_channel
+        from kvxfer.lmcache import register
 
-        lmcache_channel.register()
+        register()
     from lmcache.utils import CacheEngineKey
     from lmcache.v1.config import LMCacheEngineConfig
     from lmcache.v1.memory_management import MemoryFormat

@@ -18,7 +18,7 @@ def entry_point():
 
 
 def test_the_wheel_brings_the_entry_point_that_vllm_loads():
-    assert entry_point().value == "kvxfer._lmcache_hook:register"
+    assert entry_point().value == "kvxfer.lmcache.hook:register"
 
 
 @needs_no_lmcache
@@ -45,4 +45,4 @@ import json, kvxfer
 @needs_no_lmcache
 def test_the_channel_says_that_lmcache_is_missing():
     with pytest.raises(ModuleNotFoundError, match="lmcache"):
-        import kvxfer.lmcache_channel  # noqa: F401
+        import kvxfer.lmcache.channel  # noqa: F401

@@ -36,7 +36,7 @@ def chunk_of(allocator, tokens=CHUNK):
 
 def channel(allocator, url=None, role="receiver", loop=None, **kwargs):
     """A channel made by LMCache's own factory."""
-    from kvxfer.lmcache_channel import register
+    from kvxfer.lmcache import register
 
     register()
     from lmcache.v1.transfer_channel import CreateTransferChannel
@@ -119,7 +119,7 @@ def metadata():
 
 def backend(mode, role, **ports):
     """LMCache's own PD backend of that mode, with the kvxfer channel."""
-    from kvxfer.lmcache_channel import register
+    from kvxfer.lmcache import register
 
     register()
     from lmcache.v1.config import LMCacheEngineConfig

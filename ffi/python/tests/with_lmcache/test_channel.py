@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import far_side
 import kvxfer
 from far_side import CHUNK, PAGE_BYTES, PAGES, chunk_of, content, fill, key
-from kvxfer import lmcache_channel
+from kvxfer.lmcache import channel as lmcache_channel
 
 DEADLINE_S = 60
 

@@ -7,7 +7,7 @@ bytes of a memory object move.
 
 With vLLM nothing but the wheel is needed. Elsewhere:
 
-    from kvxfer.lmcache_channel import register
+    from kvxfer.lmcache import register
     register()
 
 Settings: `KVXFER_*` environment variables, and below `kvxfer` in LMCache's `extra_config` every setting of an agent, e.g.
@@ -34,13 +34,12 @@ from lmcache.v1.transfer_channel.abstract import BaseTransferChannel
 from lmcache.v1.transfer_channel.transfer_utils import P2PInitSideMsg, P2PInitSideRetMsg
 
 from kvxfer import errors
-from kvxfer._lmcache_hook import register
 from kvxfer._native import lib
 from kvxfer.agent import Agent, Peer, RemoteRegion
 from kvxfer.errors import Closed, KvxferError, Mismatch, OutOfRange, PeerGone, Unreachable
 from kvxfer.transfer import Transfer, TransferReport
 
-__all__ = ["KvxferChannel", "register"]
+__all__ = ["KvxferChannel"]
 
 logger = init_logger(__name__)
 
