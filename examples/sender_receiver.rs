@@ -89,7 +89,7 @@ fn sender(address: &str) -> Result<()> {
         let computed = bytes(c); // the prefill of this chunk
         region.memory().write_at(c * PAGE, &computed)?;
         let runs = vec![(c * PAGE, computed.len() as u64)];
-        reservation.write(c as usize, ChunkSource { region: region.clone(), runs })?;
+        reservation.write(c as usize, ChunkSource::new(region.clone(), runs))?;
     }
     let report = reservation.finish().wait(WAIT)?;
     println!(

@@ -97,8 +97,8 @@
 //! let request = RequestId::new("request-1")?;
 //! let reservation = sender.reserve(request, chunks, Some(WAIT))?;
 //! reservation.wait_admitted(WAIT)?; // all its pages at once, or an error that says why
-//! reservation.write(0, ChunkSource { region: region.clone(), runs: vec![(0, 65_536)] })?;
-//! reservation.write(1, ChunkSource { region: region.clone(), runs: vec![(65_536, 1000)] })?;
+//! reservation.write(0, ChunkSource::new(region.clone(), vec![(0, 65_536)]))?;
+//! reservation.write(1, ChunkSource::new(region.clone(), vec![(65_536, 1000)]))?;
 //! let report = reservation.finish().wait(WAIT)?;
 //! assert_eq!((report.written, report.bytes), (2, 66_536));
 //!

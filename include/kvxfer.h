@@ -119,6 +119,12 @@
 // The request ended otherwise.
 #define KVXFER_EVENT_FAILED 2
 
+// Nothing reads the batch's bytes any more.
+#define KVXFER_OUTBOX_RELEASED 1
+
+// A request has ended.
+#define KVXFER_OUTBOX_ENDED 2
+
 // Something failed that somebody must know.
 #define KVXFER_LOG_ERROR 1
 
@@ -142,6 +148,12 @@ typedef struct kvxfer_chunk_t kvxfer_chunk_t;
 
 // A request whose chunks have all been handed over. Usable from any thread.
 typedef struct kvxfer_delivery_t kvxfer_delivery_t;
+
+// Memory that peers on the same host can map. Usable from any thread.
+typedef struct kvxfer_memory_t kvxfer_memory_t;
+
+// Sends requests to receivers that it connects to by itself. Usable from any thread.
+typedef struct kvxfer_outbox_t kvxfer_outbox_t;
 
 // A connected remote agent of one epoch. Stays valid, and answers with errors, after the peer is gone.
 typedef struct kvxfer_peer_t kvxfer_peer_t;
@@ -436,6 +448,75 @@ typedef struct kvxfer_delivery_report_t {
   // Zero.
   uint32_t reserved;
 } kvxfer_delivery_report_t;
+
+// Settings of an outbox.
+typedef struct kvxfer_outbox_config_t {
+  // `sizeof(kvxfer_outbox_config_t)`.
+  size_t struct_size;
+  // Pool, geometry, integrity and request time-out towards every receiver; needed.
+  const struct kvxfer_sender_config_t *sender;
+  // Notification socket of the proxy, `tcp://host:port`; NULL: nobody is told. One that is not kvxfer's hears
+  // of successes only, in LMCache's words.
+  const char *proxy;
+  // How long a receiver that cannot be reached is waited for, milliseconds; 0: 10 seconds.
+  uint64_t patience_ms;
+} kvxfer_outbox_config_t;
+
+// Part of a request. Its bytes must stay as they are until the batch is released.
+typedef struct kvxfer_batch_t {
+  // `sizeof(kvxfer_batch_t)`.
+  size_t struct_size;
+  // The request, as the proxy knows it.
+  const char *request;
+  // Where its chunks go, `tcp://host:port`.
+  const char *receiver;
+  // The chunks.
+  const struct kvxfer_chunk_source_t *chunks;
+  // Number of chunks; 0 is possible in the last batch.
+  size_t count;
+  // Chunks of the whole request, in the first batch: pages for all of them are asked for at once. 0: only these.
+  uint32_t total;
+  // 1 in the first batch of a request: an earlier request of that name is over.
+  uint32_t first;
+  // 1 in the last batch.
+  uint32_t last;
+  // Zero.
+  uint32_t reserved;
+} kvxfer_batch_t;
+
+// What happened. Set `struct_size` before the call.
+typedef struct kvxfer_outbox_event_t {
+  // `sizeof(kvxfer_outbox_event_t)`, set by the caller.
+  size_t struct_size;
+  // `KVXFER_OUTBOX_...`.
+  uint32_t kind;
+  // Of a request: `KVXFER_OK` when every chunk is published, or why it failed.
+  kvxfer_result_t result;
+  // Of a release: number of the batch.
+  uint64_t batch;
+  // Bytes that crossed; chunks that were there already do not.
+  uint64_t bytes;
+  // Wait for admission, nanoseconds.
+  uint64_t queued_ns;
+  // From admission to the end, nanoseconds.
+  uint64_t moved_ns;
+  // From the first batch to the end, nanoseconds.
+  uint64_t took_ns;
+  // From the last batch to the end, nanoseconds; 0 where the last one had not come.
+  uint64_t after_last_ns;
+  // Chunks written.
+  uint32_t written;
+  // Chunks that were there already.
+  uint32_t present;
+  // `KVXFER_TRANSPORT_...`: what carried the bytes.
+  uint32_t transport;
+  // Zero.
+  uint32_t reserved;
+  // The request's id, NUL-terminated.
+  char request[264];
+  // A failure in words, NUL-terminated, cut when longer.
+  char text[512];
+} kvxfer_outbox_event_t;
 
 // Receives one message: its level (`KVXFER_LOG_...`), the module it came from, the text, and the `context`
 // given when it was installed. Called from any thread, also from kvxfer's own, and from several at once. The
@@ -891,6 +972,17 @@ kvxfer_result_t kvxfer_sender_free(struct kvxfer_sender_t *sender);
 // The receiver's agent as a peer; free it with `kvxfer_peer_free`.
 kvxfer_result_t kvxfer_sender_peer(const struct kvxfer_sender_t *sender, struct kvxfer_peer_t **peer_out);
 
+// Declares a request of which only the first chunks are known, as in a prefill that is cut into steps: pages for
+// up to `more` further ones are granted with them; `kvxfer_reservation_extend` names those. Otherwise as
+// `kvxfer_sender_reserve`.
+kvxfer_result_t kvxfer_sender_reserve_more(struct kvxfer_sender_t *sender,
+                                           const char *request,
+                                           const struct kvxfer_chunk_spec_t *chunks,
+                                           size_t count,
+                                           uint32_t more,
+                                           uint64_t timeout_ms,
+                                           struct kvxfer_reservation_t **reservation_out);
+
 // Declares a request with all its chunks. Returns at once; wait for its pages with
 // `kvxfer_reservation_wait_admitted`. `timeout_ms` is the deadline of the whole request, 0 for the sender's.
 // Free it with `kvxfer_reservation_free`.
@@ -915,6 +1007,15 @@ kvxfer_result_t kvxfer_sender_send(struct kvxfer_sender_t *sender,
 // waiting until its own deadline.
 kvxfer_result_t kvxfer_reservation_wait_admitted(const struct kvxfer_reservation_t *reservation,
                                                  uint64_t timeout_ms);
+
+// Names further chunks of a request, at most as many as `kvxfer_sender_reserve_more` announced; `last`, 0 or 1,
+// says that none will follow and gives pages that were kept for more back (`count` may be 0 then).
+// `first_out` gets the index of the first, for `kvxfer_reservation_write`.
+kvxfer_result_t kvxfer_reservation_extend(struct kvxfer_reservation_t *reservation,
+                                          const struct kvxfer_chunk_spec_t *chunks,
+                                          size_t count,
+                                          uint32_t last,
+                                          size_t *first_out);
 
 // Writes and commits chunk number `index` from runs of `region`, whose sum is the chunk's declared length.
 // Returns at once: the bytes must stay until the delivery has ended. Call it as soon as the chunk's bytes are
@@ -951,6 +1052,45 @@ kvxfer_result_t kvxfer_delivery_wait(const struct kvxfer_delivery_t *delivery,
 
 // Frees the handle; a request under way goes on by itself. NULL is fine.
 kvxfer_result_t kvxfer_delivery_free(struct kvxfer_delivery_t *delivery);
+
+// Makes an outbox on an agent. Nothing is connected before the first batch. Free it with `kvxfer_outbox_free`.
+kvxfer_result_t kvxfer_outbox_new(struct kvxfer_agent_t *agent,
+                                  const struct kvxfer_outbox_config_t *config,
+                                  struct kvxfer_outbox_t **outbox_out);
+
+// Takes a batch; never waits for anything. `batch_out` gets its number, which its release will name. What is wrong
+// with the batch itself is the answer, and then nothing was taken; what happens to its request is an event.
+kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
+                                  const struct kvxfer_batch_t *batch,
+                                  uint64_t *batch_out);
+
+// Gives a request up for the reason `why` (`KVXFER_CANCELLED`, usually); `KVXFER_NOT_FOUND` when none of that
+// name is under way.
+kvxfer_result_t kvxfer_outbox_abort(struct kvxfer_outbox_t *outbox, const char *request, kvxfer_result_t why);
+
+// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
+kvxfer_result_t kvxfer_outbox_next_event(struct kvxfer_outbox_t *outbox,
+                                         uint64_t timeout_ms,
+                                         struct kvxfer_outbox_event_t *event_out);
+
+// Gives everything up and waits until no batch's bytes are read any more and the proxy has been told, at most
+// `timeout_ms`. Events that are left can still be taken.
+kvxfer_result_t kvxfer_outbox_close(struct kvxfer_outbox_t *outbox, uint64_t timeout_ms);
+
+// Gives up what is under way and frees the handle. NULL is fine.
+kvxfer_result_t kvxfer_outbox_free(struct kvxfer_outbox_t *outbox);
+
+// Allocates `length` bytes, zeroed, on huge pages where there are any. An agent that is given exactly this range
+// (`kvxfer_region_register`, a receiver's `memory`) recognises it, and peers on the same host reach it as
+// fast as memory that kvxfer allocated for a region. It stays until the handle is freed and nothing uses it.
+kvxfer_result_t kvxfer_memory_new(uint64_t length,
+                                  struct kvxfer_memory_t **memory_out);
+
+// First byte of the memory, valid until the handle is freed.
+kvxfer_result_t kvxfer_memory_base(const struct kvxfer_memory_t *memory, void **base_out);
+
+// Frees the handle; regions and pools over the memory keep it until they are gone. NULL is fine.
+kvxfer_result_t kvxfer_memory_free(struct kvxfer_memory_t *memory);
 
 // Installs the callback for messages up to `max_level` (`KVXFER_LOG_...`). Once per process: a second call
 // answers `KVXFER_BUSY`. The callback and what `context` points at must stay for the rest of the process.

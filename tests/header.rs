@@ -6,9 +6,9 @@ use std::path::Path;
 use support::header::{Header, ROOT};
 
 /// The files in the order in which a C reader wants to meet their contents.
-const SOURCES: [&str; 17] = [
+const SOURCES: [&str; 19] = [
     "version", "result", "error", "args", "config", "agent", "region", "peer", "transfer", "notify",
-    "events", "metrics", "receiver", "sender", "delivery", "log", "handle",
+    "events", "metrics", "receiver", "sender", "delivery", "outbox", "memory", "log", "handle",
 ];
 
 fn generate() -> String {

@@ -21,6 +21,14 @@ pub(super) fn invalid(argument: &'static str, problem: impl Into<String>) -> Err
 }
 
 /// A time-out in milliseconds; everything ends, so for ever is not one.
+pub(super) fn flag(argument: &'static str, value: u32) -> Result<bool> {
+    match value {
+        0 | 1 => Ok(value == 1),
+        _ => Err(invalid(argument, format!("is {value}; 0 and 1 are possible"))),
+    }
+}
+
+/// Milliseconds that every call may wait.
 pub(super) fn timeout(argument: &'static str, ms: u64) -> Result<Duration> {
     if ms > KVXFER_MAX_TIMEOUT_MS {
         return Err(invalid(

@@ -56,6 +56,8 @@ pub(super) mod kind {
     pub(in crate::c) const SENDER: u8 = 8;
     pub(in crate::c) const RESERVATION: u8 = 9;
     pub(in crate::c) const DELIVERY: u8 = 10;
+    pub(in crate::c) const OUTBOX: u8 = 11;
+    pub(in crate::c) const MEMORY: u8 = 12;
 }
 
 /// Name of a type in error texts.
@@ -71,6 +73,8 @@ pub(super) const fn name(kind: u8) -> &'static str {
         kind::SENDER => "sender",
         kind::RESERVATION => "reservation",
         kind::DELIVERY => "delivery",
+        kind::OUTBOX => "outbox",
+        kind::MEMORY => "memory",
         _ => "unknown",
     }
 }

@@ -116,6 +116,10 @@ pub(super) unsafe fn foreign(base: *mut c_void, length: u64) -> Result<Arc<Memor
     if length == 0 || usize::try_from(length).is_ok_and(|l| base.addr().checked_add(l).is_none()) {
         return Err(invalid("length", format!("{length} bytes from {base:p} on are not a range of memory")));
     }
+    // Shareable memory that was allocated here before is recognised.
+    if let Some(memory) = Memory::shared_at(base.addr(), length as usize) {
+        return Ok(memory);
+    }
     // SAFETY: the caller's promise.
     unsafe { Memory::foreign(base.cast(), length as usize) }
 }

@@ -2,7 +2,7 @@
 
 use super::agent::kvxfer_agent_t;
 use super::args::{
-    Out, invalid, list, optional_text, optional_timeout, read_struct, text, timeout, versioned,
+    Out, flag, invalid, list, optional_text, optional_timeout, read_struct, text, timeout, versioned,
 };
 use super::config::integrity;
 use super::delivery::{DeliveryObject, kvxfer_delivery_t};
@@ -126,7 +126,7 @@ fn reservation(reservation: *const kvxfer_reservation_t) -> Result<Arc<Reservati
 }
 
 /// A chunk's bytes as runs of a region, checked, with their sum.
-unsafe fn source(
+pub(super) unsafe fn source(
     agent: &Agent,
     argument: &'static str,
     handle: *const kvxfer_region_t,
@@ -148,7 +148,33 @@ unsafe fn source(
         return Err(invalid("runs", format!("{count} runs with no byte: a chunk has at least one")));
     }
     let runs = runs.iter().map(|run| (run.offset, run.length)).collect();
-    Ok((ChunkSource { region, runs }, sum))
+    Ok((ChunkSource::new(region, runs), sum))
+}
+
+/// What a sender's settings come to.
+pub(super) unsafe fn sender_config(
+    argument: &'static str,
+    config: *const kvxfer_sender_config_t,
+) -> Result<SenderConfig> {
+    // SAFETY: pointer arguments are as the header asks.
+    unsafe {
+        let c = read_struct(argument, config)?;
+        if c.reserved != 0 {
+            return Err(invalid("config.reserved", format!("is {}, must be 0", c.reserved)));
+        }
+        let mut config = SenderConfig {
+            geometry: geometry("config.geometry", c.geometry)?,
+            integrity: integrity("config.integrity", c.integrity)?,
+            ..SenderConfig::default()
+        };
+        if let Some(pool) = optional_text("config.pool", c.pool)? {
+            pool.clone_into(&mut config.pool);
+        }
+        if let Some(t) = optional_timeout("config.request_timeout_ms", c.request_timeout_ms)? {
+            config.request_timeout = t;
+        }
+        Ok(config)
+    }
 }
 
 /// Connects to the receiver's agent, `tcp://host:port` or `unix:///path`, attaches to its pool and compares
@@ -166,21 +192,7 @@ pub unsafe extern "C" fn kvxfer_sender_connect(
         let agent = super::agent::agent(agent)?;
         let out = Out::new("sender_out", sender_out)?;
         let address = text("address", address)?;
-        let c = read_struct("config", config)?;
-        if c.reserved != 0 {
-            return Err(invalid("config.reserved", format!("is {}, must be 0", c.reserved)));
-        }
-        let mut config = SenderConfig {
-            geometry: geometry("config.geometry", c.geometry)?,
-            integrity: integrity("config.integrity", c.integrity)?,
-            ..SenderConfig::default()
-        };
-        if let Some(pool) = optional_text("config.pool", c.pool)? {
-            pool.clone_into(&mut config.pool);
-        }
-        if let Some(t) = optional_timeout("config.request_timeout_ms", c.request_timeout_ms)? {
-            config.request_timeout = t;
-        }
+        let config = sender_config("config", config)?;
         let sender = Sender::connect(&agent, address, config, timeout("timeout_ms", timeout_ms)?)?;
         out.set(into_raw(SenderObject { sender, agent })?);
         Ok(KVXFER_OK)
@@ -208,6 +220,41 @@ pub unsafe extern "C" fn kvxfer_sender_peer(
     })
 }
 
+/// Declares a request of which only the first chunks are known, as in a prefill that is cut into steps: pages for
+/// up to `more` further ones are granted with them; `kvxfer_reservation_extend` names those. Otherwise as
+/// `kvxfer_sender_reserve`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_sender_reserve_more(
+    sender: *mut kvxfer_sender_t,
+    request: *const c_char,
+    chunks: *const kvxfer_chunk_spec_t,
+    count: usize,
+    more: u32,
+    timeout_ms: u64,
+    reservation_out: *mut *mut kvxfer_reservation_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_sender_reserve_more", || unsafe {
+        let sender = self::sender(sender)?;
+        let out = Out::new("reservation_out", reservation_out)?;
+        let request = RequestId::new(text("request", request)?)?;
+        let (chunks, timeout) = (specs(chunks, count)?, optional_timeout("timeout_ms", timeout_ms)?);
+        let reservation = sender.sender.reserve_more(request, chunks, more, timeout)?;
+        let (inner, agent) = (RwLock::new(Some(reservation)), sender.agent.clone());
+        out.set(into_raw(ReservationObject { inner, agent })?);
+        Ok(KVXFER_OK)
+    })
+}
+
+unsafe fn specs(chunks: *const kvxfer_chunk_spec_t, count: usize) -> Result<Vec<ChunkSpec>> {
+    // SAFETY: pointer arguments are as the header asks.
+    unsafe { list("chunks", chunks, count) }?
+        .iter()
+        // SAFETY: as above.
+        .map(|c| Ok(ChunkSpec { key: ChunkKey::new(unsafe { text("chunks.key", c.key) }?)?, len: c.length }))
+        .collect()
+}
+
 /// Declares a request with all its chunks. Returns at once; wait for its pages with
 /// `kvxfer_reservation_wait_admitted`. `timeout_ms` is the deadline of the whole request, 0 for the sender's.
 /// Free it with `kvxfer_reservation_free`.
@@ -225,10 +272,7 @@ pub unsafe extern "C" fn kvxfer_sender_reserve(
         let sender = self::sender(sender)?;
         let out = Out::new("reservation_out", reservation_out)?;
         let request = RequestId::new(text("request", request)?)?;
-        let chunks = list("chunks", chunks, count)?
-            .iter()
-            .map(|c| Ok(ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len: c.length }))
-            .collect::<Result<Vec<_>>>()?;
+        let chunks = specs(chunks, count)?;
         let reservation =
             sender.sender.reserve(request, chunks, optional_timeout("timeout_ms", timeout_ms)?)?;
         let (inner, agent) = (RwLock::new(Some(reservation)), sender.agent.clone());
@@ -278,6 +322,27 @@ pub unsafe extern "C" fn kvxfer_reservation_wait_admitted(
         let reservation = self::reservation(reservation)?;
         let timeout = timeout("timeout_ms", timeout_ms)?;
         reservation.with(|r| r.wait_admitted(timeout))?;
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Names further chunks of a request, at most as many as `kvxfer_sender_reserve_more` announced; `last`, 0 or 1,
+/// says that none will follow and gives pages that were kept for more back (`count` may be 0 then).
+/// `first_out` gets the index of the first, for `kvxfer_reservation_write`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_reservation_extend(
+    reservation: *mut kvxfer_reservation_t,
+    chunks: *const kvxfer_chunk_spec_t,
+    count: usize,
+    last: u32,
+    first_out: *mut usize,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_reservation_extend", || unsafe {
+        let reservation = self::reservation(reservation)?;
+        let out = Out::new("first_out", first_out)?;
+        let (chunks, last) = (specs(chunks, count)?, flag("last", last)?);
+        out.set(reservation.with(|r| r.extend(chunks, last))?);
         Ok(KVXFER_OK)
     })
 }

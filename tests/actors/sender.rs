@@ -63,7 +63,7 @@ impl SenderRole {
         let offset = (self.next_slot % self.slots) * self.page;
         self.next_slot += 1;
         self.source.memory().write_at(offset, &pattern(seed, len as usize))?;
-        Ok(ChunkSource { region: self.source.clone(), runs: vec![(offset, len)] })
+        Ok(ChunkSource::new(self.source.clone(), vec![(offset, len)]))
     }
 
     pub(super) fn command(&mut self, command: &Value) -> Result<Value, Error> {

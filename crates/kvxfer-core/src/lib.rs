@@ -14,6 +14,7 @@ pub mod cuda;
 pub mod error;
 pub mod memory;
 pub mod metrics;
+pub mod notify;
 mod threads;
 pub mod transport;
 
@@ -21,7 +22,7 @@ pub use agent::{
     Access, Agent, AgentBuilder, Notification, Peer, PeerState, PeerStats, Region, RemoteRegion, Transfer,
     TransferOptions, TransferReport, TransportStatus,
 };
-pub use channel::{Receiver, ReceiverConfig, Sender, SenderConfig};
+pub use channel::{Outbox, OutboxConfig, Receiver, ReceiverConfig, Sender, SenderConfig};
 pub use config::AgentConfig;
 pub use error::{Error, Result};
 pub use kvxfer_proto as proto;

@@ -184,6 +184,7 @@ fn hostile_connections_are_closed_and_others_are_served() {
             chunks: vec![],
             deadline_ms: 1,
             integrity: kvxfer_core::Integrity::Off,
+            more: 0,
         }),
         // A hello and then an answer that proves nothing.
         [frame(&Message::Hello(hello("liar"))), encode(&Message::Auth { mac: vec![1; 32] }).unwrap()]

@@ -23,6 +23,7 @@ pub mod receiver;
 pub mod sender;
 pub mod time;
 pub mod wire;
+pub mod zmtp;
 
 pub use code::ErrorCode;
 pub use geometry::Geometry;

@@ -15,7 +15,8 @@
 //!
 //! *Spares.* A request that names a chunk another one is writing is given a page for it all the same and keeps it until that
 //! write is decided. If the write fails the page is there, without waiting for anybody: so no request that holds pages ever
-//! waits for pages (Contract lines 4 and 6).
+//! waits for pages (Contract lines 4 and 6). For the same reason a request that cannot name all its chunks yet is given pages
+//! for those as well, and places each chunk on one of them once it is named.
 
 use crate::wire::ChunkSpec;
 use crate::{ChunkKey, Generation, PageIndex, Time};
@@ -44,6 +45,15 @@ pub enum Placement {
     Present(Hold),
     /// Another request writes it; a spare page is held until that is decided.
     Pending(Hold),
+}
+
+/// What admission gave one request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Per chunk, in order.
+    pub placements: Vec<Placement>,
+    /// Pages for the chunks not named yet.
+    pub spares: Vec<Hold>,
 }
 
 /// What is known of a key.
@@ -203,13 +213,15 @@ impl Pool {
         chunks.iter().filter(|c| !matches!(self.index.get(&c.key), Some(Entry::Published(_)))).count() as u32
     }
 
-    /// Gives `owner` everything it needs for `chunks` (keys distinct), or nothing: `None` when there is not enough room now.
+    /// Gives `owner` everything it needs for `chunks` (keys distinct) and `more` it has not named yet, or nothing: `None` when
+    /// there is not enough room now.
     pub fn admit(
         &mut self,
         owner: Owner,
         chunks: &[ChunkSpec],
-    ) -> Result<Option<Vec<Placement>>, LengthConflict> {
-        let (mut need, mut cached_own) = (0, 0);
+        more: u32,
+    ) -> Result<Option<Admitted>, LengthConflict> {
+        let (mut need, mut cached_own) = (more, 0);
         for c in chunks {
             let ours = match self.index.get(&c.key) {
                 None => {
@@ -259,8 +271,44 @@ impl Pool {
                     });
             }
         }
+        let spares: Vec<Hold> = (0..more).map_while(|_| self.take(owner)).collect();
         // The check above guarantees that every chunk has its page.
-        Ok(placements.into_iter().collect())
+        let placements = placements.into_iter().collect::<Option<Vec<_>>>();
+        Ok(placements.map(|placements| Admitted { placements, spares }))
+    }
+
+    /// Places chunk number `chunk` of an admitted request, named only now, on a page that was kept for it. A chunk that is here
+    /// already gives the page back.
+    pub fn place(
+        &mut self,
+        owner: Owner,
+        spec: &ChunkSpec,
+        chunk: u32,
+        spare: Hold,
+    ) -> Result<Placement, LengthConflict> {
+        let conflict = |ours| LengthConflict { key: spec.key.clone(), ours, theirs: spec.len };
+        match self.index.get_mut(&spec.key) {
+            None => {
+                let entry = Entry::Writing { owner, len: spec.len, waiters: VecDeque::new() };
+                self.index.insert(spec.key.clone(), entry);
+                Ok(Placement::Write(spare))
+            }
+            Some(Entry::Writing { len, .. }) if *len != spec.len => Err(conflict(*len)),
+            Some(Entry::Writing { waiters, .. }) => {
+                waiters.push_back((owner, chunk));
+                Ok(Placement::Pending(spare))
+            }
+            Some(Entry::Published(page)) => {
+                let page = *page;
+                match self.published(page).map(|p| p.len) {
+                    Some(len) if len != spec.len => Err(conflict(len)),
+                    _ => {
+                        self.give_back(owner, spare);
+                        Ok(Placement::Present(self.claim(page)))
+                    }
+                }
+            }
+        }
     }
 
     /// The write of `key` by `owner` has been checked: visible from now on, claimed by its request and all who waited, who are

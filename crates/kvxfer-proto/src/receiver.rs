@@ -12,6 +12,7 @@
 //! Requests are told apart by peer (name, epoch and connection), channel and serial, so two senders may use the same request id.
 //! Whatever a peer says is either a step that fits the state, a repetition that is answered again, or ignored.
 
+mod extend;
 mod requests;
 
 use crate::admission::{Attempt, Queue};
@@ -193,13 +194,19 @@ impl Receiver {
                 }
                 ours
             }
-            Message::Reserve { channel, serial, request, chunks, deadline_ms, integrity } => {
+            Message::Reserve { channel, serial, request, chunks, deadline_ms, integrity, more } => {
                 let known = self.channel(peer, *channel).is_some_and(|c| !c.closing);
                 if known {
                     let deadline = now + Duration::from_millis(*deadline_ms);
+                    let chunks = (chunks.as_slice(), *more);
                     self.reserve(now, peer, (*channel, *serial), request, chunks, deadline, *integrity);
                 }
                 known
+            }
+            Message::Extend { channel, serial, first, chunks, last } => {
+                self.on_request(peer, *channel, *serial, |m, owner| {
+                    m.extend(now, owner, *first, chunks, *last);
+                })
             }
             Message::Commit { channel, serial, chunk, generation, check } => {
                 self.on_request(peer, *channel, *serial, |m, owner| {
@@ -403,7 +410,7 @@ impl Receiver {
         peer: &PeerId,
         (channel, serial): (u64, u64),
         request: &RequestId,
-        chunks: &[ChunkSpec],
+        (chunks, more): (&[ChunkSpec], u32),
         deadline: Time,
         integrity: Integrity,
     ) {
@@ -421,10 +428,10 @@ impl Receiver {
             Some((*code, text.clone()))
         } else if let Err(e) = check_chunks(&self.settings.layout, chunks) {
             Some((ErrorCode::InvalidArgument, e.to_string()))
-        } else if chunks.len() as u64 > u64::from(pages) {
+        } else if chunks.len() as u64 + u64::from(more) > u64::from(pages) {
             let text = format!(
                 "request {request} has {} chunks, the pool {:?} {pages} pages; enlarge the pool or split the request",
-                chunks.len(),
+                chunks.len() as u64 + u64::from(more),
                 self.settings.pool
             );
             Some((ErrorCode::TooLarge, text))
@@ -452,8 +459,9 @@ impl Receiver {
             c.live.insert(serial, owner);
         }
         let waits_until = deadline.min(now + self.settings.admission_timeout);
-        let r =
+        let mut r =
             Request::new(now, peer.clone(), (channel, serial), request.clone(), chunks, deadline, integrity);
+        r.more = more;
         self.requests.insert(owner, r);
         let started = Event::Started { peer: peer.clone(), request: request.clone() };
         self.outputs.push_back(Output::Event(started));

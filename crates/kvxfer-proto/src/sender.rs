@@ -133,6 +133,14 @@ pub enum SenderError {
         /// Chunks of the request.
         chunks: usize,
     },
+    /// More further chunks than were announced.
+    #[error("{named} further chunks, {announced} were announced")]
+    TooMany {
+        /// Further chunks named.
+        named: usize,
+        /// What is left of the announcement.
+        announced: u32,
+    },
     /// The chunk was supplied before.
     #[error("chunk {chunk} was supplied before")]
     Twice {
@@ -148,7 +156,7 @@ impl SenderError {
     /// The code for the caller.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Request(_) | Self::Twice { .. } => ErrorCode::InvalidArgument,
+            Self::Request(_) | Self::Twice { .. } | Self::TooMany { .. } => ErrorCode::InvalidArgument,
             Self::TooLarge { .. } => ErrorCode::TooLarge,
             Self::Busy { .. } => ErrorCode::Busy,
             Self::Closed { code, .. } => *code,
@@ -187,6 +195,10 @@ struct Chunk {
     attempts: u32,
 }
 
+impl Chunk {
+    const NEW: Self = Self { place: Place::None, last: None, supplied: false, attempts: 0 };
+}
+
 struct Request {
     id: RequestId,
     specs: Vec<ChunkSpec>,
@@ -195,6 +207,9 @@ struct Request {
     code: ErrorCode,
     in_flight: u32,
     undone: u32,
+    /// Chunks in the declaration, and those announced there that have no name yet.
+    declared: usize,
+    more: u32,
     reserved: Time,
     admitted: Time,
     deadline: Time,
@@ -234,12 +249,13 @@ impl Sender {
         self.outputs.pop_front()
     }
 
-    /// Declares a request that must end by `deadline`.
+    /// Declares a request that must end by `deadline`: the chunks `specs`, and up to `more` that [`Sender::extend`] names.
     pub fn reserve(
         &mut self,
         now: Time,
         request: RequestId,
         specs: Vec<ChunkSpec>,
+        more: u32,
         deadline: Time,
         integrity: Integrity,
     ) -> Result<u64, SenderError> {
@@ -247,8 +263,9 @@ impl Sender {
             return Err(SenderError::Closed { code, text });
         }
         check_chunks(&self.layout, &specs)?;
-        if specs.len() as u64 > u64::from(self.layout.pages()) {
-            return Err(SenderError::TooLarge { chunks: specs.len(), pages: self.layout.pages() });
+        let total = specs.len().saturating_add(more as usize);
+        if total as u64 > u64::from(self.layout.pages()) {
+            return Err(SenderError::TooLarge { chunks: total, pages: self.layout.pages() });
         }
         if self.ids.contains_key(&request) {
             return Err(SenderError::Busy { request });
@@ -265,14 +282,16 @@ impl Sender {
             chunks,
             deadline_ms,
             integrity,
+            more,
         });
         self.ids.insert(request.clone(), serial);
         self.timers.insert((deadline, serial));
-        let chunk = |_: &ChunkSpec| Chunk { place: Place::None, last: None, supplied: false, attempts: 0 };
         let r = Request {
             id: request,
-            chunks: specs.iter().map(chunk).collect(),
+            chunks: specs.iter().map(|_| Chunk::NEW).collect(),
             undone: specs.len() as u32,
+            declared: specs.len(),
+            more,
             specs,
             phase: Phase::Waiting,
             code: ErrorCode::Ok,
@@ -285,6 +304,30 @@ impl Sender {
         };
         self.requests.insert(serial, r);
         Ok(serial)
+    }
+
+    /// Names further chunks of a request; `last` says that none will follow. Returns the index of the first.
+    pub fn extend(&mut self, serial: u64, specs: Vec<ChunkSpec>, last: bool) -> Result<u32, SenderError> {
+        let r =
+            self.requests.get_mut(&serial).filter(|r| r.phase != Phase::Closing).ok_or(SenderError::Ended)?;
+        if specs.len() > r.more as usize {
+            return Err(SenderError::TooMany { named: specs.len(), announced: r.more });
+        }
+        if !specs.is_empty() {
+            check_chunks(&self.layout, &specs)?;
+        }
+        if let Some(twice) = specs.iter().position(|c| r.specs.iter().any(|s| s.key == c.key)) {
+            let chunk = (r.specs.len() + twice) as u32;
+            return Err(RequestError::Twice { chunk, key: specs[twice].key.clone() }.into());
+        }
+        let first = r.specs.len() as u32;
+        r.more = if last { 0 } else { r.more - specs.len() as u32 };
+        r.undone += specs.len() as u32;
+        r.chunks.extend(specs.iter().map(|_| Chunk::NEW));
+        r.specs.extend_from_slice(&specs);
+        let channel = self.channel;
+        self.send(Message::Extend { channel, serial, first, chunks: specs, last });
+        Ok(first)
     }
 
     /// The bytes of a chunk are final: it is written as soon as it has a page.
@@ -354,6 +397,11 @@ impl Sender {
         match message {
             Message::Grant { serial, slots, lease_ms, .. } => {
                 self.grant(now, *serial, slots, Duration::from_millis(*lease_ms));
+            }
+            Message::Extended { serial, first, slots, .. } => {
+                for (i, slot) in slots.iter().enumerate() {
+                    self.resolved(*serial, first.saturating_add(i as u32), *slot);
+                }
             }
             Message::Resolved { serial, chunk, slot, .. } => self.resolved(*serial, *chunk, *slot),
             Message::Committed { serial, chunk, generation, code, .. } => {
@@ -433,7 +481,8 @@ impl Sender {
         let pages = self.layout.pages();
         let Some(r) = self.requests.get_mut(&serial).filter(|r| r.phase == Phase::Waiting) else { return };
         let inside = |s: &Slot| !matches!(s, Slot::Page { page, .. } if page.0 >= pages);
-        if slots.len() != r.chunks.len() || !slots.iter().all(inside) {
+        // Chunks that were named after the declaration may have come too late for this answer: theirs follows.
+        if slots.len() < r.declared || slots.len() > r.chunks.len() || !slots.iter().all(inside) {
             let text = format!(
                 "the receiver granted {} slots for {} chunks, or a page beyond {pages}",
                 slots.len(),
@@ -531,8 +580,9 @@ impl Sender {
 
     fn ready(&mut self, now: Time, serial: u64) {
         let Some(r) = self.requests.get(&serial).filter(|r| r.phase != Phase::Closing) else { return };
-        if r.undone > 0 {
-            let text = format!("the receiver called request {} ready with {} chunks open", r.id, r.undone);
+        if r.undone + r.more > 0 {
+            let open = r.undone + r.more;
+            let text = format!("the receiver called request {} ready with {open} chunks open", r.id);
             self.end(serial, Failure { code: ErrorCode::Protocol, text });
             return;
         }

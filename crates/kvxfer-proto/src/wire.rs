@@ -124,7 +124,7 @@ pub enum Message {
         /// For humans.
         text: String,
     },
-    /// Declare a request with all its chunks.
+    /// Declare a request: the chunks that are known, and how many more there will be.
     Reserve {
         /// The channel.
         channel: u64,
@@ -132,12 +132,40 @@ pub enum Message {
         serial: u64,
         /// The request.
         request: RequestId,
-        /// All its chunks.
+        /// The chunks that are known; all of them unless `more` says otherwise.
         chunks: Vec<ChunkSpec>,
         /// Milliseconds until the sender gives the request up, admission included.
         deadline_ms: u64,
         /// Level the sender will provide digests for.
         integrity: Integrity,
+        /// Most chunks that [`Message::Extend`] will still name: pages are granted for them as well, so that no request
+        /// that holds pages ever waits for more.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        more: u32,
+    },
+    /// Name further chunks of a declared request, out of the `more` it announced.
+    Extend {
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
+        /// Index of the first of them in the request: how many were named before.
+        first: u32,
+        /// The chunks.
+        chunks: Vec<ChunkSpec>,
+        /// No more will follow: pages that were kept for them are free.
+        last: bool,
+    },
+    /// Answer to [`Message::Extend`] once the request is admitted: one per chunk, in order.
+    Extended {
+        /// The channel.
+        channel: u64,
+        /// The reservation.
+        serial: u64,
+        /// Index of the first of them in the request.
+        first: u32,
+        /// Per chunk.
+        slots: Vec<Slot>,
     },
     /// The request is admitted: one answer per chunk, in order.
     Grant {
@@ -261,6 +289,8 @@ impl Message {
             | Self::Attached { channel, .. }
             | Self::Detach { channel, .. }
             | Self::Reserve { channel, .. }
+            | Self::Extend { channel, .. }
+            | Self::Extended { channel, .. }
             | Self::Grant { channel, .. }
             | Self::Resolved { channel, .. }
             | Self::Refused { channel, .. }
@@ -273,6 +303,11 @@ impl Message {
             _ => None,
         }
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the form serde asks for")]
+fn is_zero(n: &u32) -> bool {
+    *n == 0
 }
 
 /// What a commit says of the chunk's bytes; see [`crate::integrity`] for the formulas.

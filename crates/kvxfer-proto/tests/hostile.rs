@@ -52,11 +52,18 @@ fn message() -> impl Strategy<Value = Message> {
             code: ErrorCode::Closed,
             text: String::new()
         }),
-        6 => (cs.clone(), proptest::collection::vec(spec, 0..5), 0..400u64, integrity, 0..3u8).prop_map(
+        6 => (cs.clone(), proptest::collection::vec(spec.clone(), 0..5), 0..400u64, integrity, 0..12u8).prop_map(
             |((channel, serial), chunks, deadline_ms, integrity, name)| Message::Reserve {
                 channel, serial, chunks, deadline_ms, integrity,
-                request: RequestId::new(format!("r{name}")).expect("valid"),
+                request: RequestId::new(format!("r{}", name % 3)).expect("valid"),
+                more: u32::from(name / 3),
             }
+        ),
+        4 => (cs.clone(), proptest::collection::vec(spec, 0..3), 0..6u32, any::<bool>()).prop_map(
+            |((channel, serial), chunks, first, last)| Message::Extend { channel, serial, first, chunks, last }
+        ),
+        4 => (cs.clone(), proptest::collection::vec(slot.clone(), 0..5), 0..6u32).prop_map(
+            |((channel, serial), slots, first)| Message::Extended { channel, serial, first, slots }
         ),
         6 => (cs.clone(), chunk.clone(), generation.clone(), check).prop_map(
             |((channel, serial), chunk, generation, check)| Message::Commit { channel, serial, chunk, generation, check }
@@ -139,10 +146,14 @@ proptest! {
         for i in 0..3u8 {
             let specs = (0..3).map(|n| ChunkSpec { key: key(i * 3 + n), len: LEN }).collect();
             let id = RequestId::new(format!("r{i}")).expect("valid");
-            let serial = s.reserve(now, id, specs, now + deadline, Integrity::Bound).expect("accepted");
+            let serial = s.reserve(now, id, specs, 2, now + deadline, Integrity::Bound).expect("accepted");
             open.insert(serial);
             for chunk in 0..2 {
                 s.supply(serial, chunk).expect("open");
+            }
+            if i > 0 {
+                s.extend(serial, vec![ChunkSpec { key: key(20 + i), len: LEN }], i == 1).expect("announced");
+                s.supply(serial, 3).expect("open");
             }
         }
         for (message, wait, succeeds) in script {

@@ -105,8 +105,32 @@ fn samples() -> Vec<(&'static str, Message)> {
                 ],
                 deadline_ms: 60_000,
                 integrity: Integrity::Bound,
+                more: 0,
             },
         ),
+        (
+            "reserve_more",
+            Message::Reserve {
+                channel,
+                serial,
+                request: RequestId::new("cmpl-2").expect("a valid id"),
+                chunks: vec![ChunkSpec { key: key(1), len: 32 << 20 }],
+                deadline_ms: 60_000,
+                integrity: Integrity::Full,
+                more: 19,
+            },
+        ),
+        (
+            "extend",
+            Message::Extend {
+                channel,
+                serial,
+                first: 1,
+                chunks: vec![ChunkSpec { key: key(2), len: 1 << 17 }],
+                last: true,
+            },
+        ),
+        ("extended", Message::Extended { channel, serial, first: 1, slots: vec![page] }),
         (
             "grant",
             Message::Grant {
@@ -240,6 +264,7 @@ fn limits_are_checked_on_both_sides() {
         chunks: chunks.collect(),
         deadline_ms: 1,
         integrity: Integrity::Off,
+        more: 0,
     };
     assert!(matches!(encode(&reserve), Err(WireError::FrameTooLarge { .. })));
 }

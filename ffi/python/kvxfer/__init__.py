@@ -53,6 +53,8 @@ from kvxfer.errors import (
     Unreachable,
     Unsupported,
 )
+from kvxfer.memory import SharedMemory
+from kvxfer.outbox import Ended, Outbox, Released
 from kvxfer.region import Region
 from kvxfer.transfer import Transfer, TransferReport
 
@@ -74,6 +76,7 @@ __all__ = [
     "Corrupt",
     "Delivery",
     "DeliveryReport",
+    "Ended",
     "Geometry",
     "InvalidArgument",
     "KvxferError",
@@ -83,16 +86,19 @@ __all__ = [
     "NotFound",
     "Notification",
     "OutOfRange",
+    "Outbox",
     "Peer",
     "PeerGone",
     "PoolStats",
     "Receiver",
     "Region",
+    "Released",
     "RemoteRegion",
     "RequestEvent",
     "RequirementNotMet",
     "Reservation",
     "Sender",
+    "SharedMemory",
     "TimedOut",
     "TooLarge",
     "Transfer",

@@ -153,6 +153,13 @@ class Receiver:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def address(self) -> int:
+        """Address of the first byte of page 0; page i begins `i * page_bytes` after it. Read a page only while its chunk is held."""
+        base = ffi.new("void **")
+        check(lib.kvxfer_receiver_memory(self._handle, base, ffi.NULL))
+        return int(ffi.cast("uintptr_t", base[0]))
+
     def lookup(self, key: str) -> str:
         """`absent`, `pending` (on its way) or `present` (complete and checked)."""
         state = ffi.new("uint32_t *")

@@ -361,8 +361,7 @@ impl<'a> Bench<'a> {
                 let mut request = Vec::new();
                 for i in 0..chunks {
                     let key = ChunkKey::new(chunk_key(run, i))?;
-                    let source =
-                        ChunkSource { region: buffer.clone(), runs: vec![(u64::from(i) * PAGE, PAGE)] };
+                    let source = ChunkSource::new(buffer.clone(), vec![(u64::from(i) * PAGE, PAGE)]);
                     request.push((ChunkSpec { key, len: PAGE }, source));
                 }
                 let begin = Instant::now();

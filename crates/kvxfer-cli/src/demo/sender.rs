@@ -61,7 +61,7 @@ impl SenderSide {
     fn offload(&self, prompt: Prompt, i: usize) -> Result<ChunkSource, Failure> {
         let at = i as u64 * prompt.page_bytes();
         self.engine.gather(prompt, i, |offset, bytes| self.buffer.memory().write_at(at + offset, bytes))?;
-        Ok(ChunkSource { region: self.buffer.clone(), runs: vec![(at, prompt.chunk_bytes(i))] })
+        Ok(ChunkSource::new(self.buffer.clone(), vec![(at, prompt.chunk_bytes(i))]))
     }
 
     /// The store an engine does after a prefill: each chunk is handed over as soon as it is gathered.

@@ -14,6 +14,7 @@
 
 mod anchor;
 mod digest;
+mod outbox;
 mod pool;
 mod receiver;
 mod sender;
@@ -25,5 +26,6 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use outbox::{Batch, Outbox, OutboxConfig, OutboxEvent};
 pub use receiver::{Chunk, Lookup, PoolStats, Receiver, ReceiverConfig, ReceiverEvent};
 pub use sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};

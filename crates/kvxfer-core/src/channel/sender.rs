@@ -58,6 +58,15 @@ pub struct ChunkSource {
     pub region: Region,
     /// `(offset, length)` runs in the order of the chunk's bytes; their sum is the chunk's length.
     pub runs: Vec<(u64, u64)>,
+    /// Dropped when nothing reads the bytes any more: the chunk is published, or its request has ended and its transfer too.
+    pub keep: Option<Arc<dyn std::any::Any + Send + Sync>>,
+}
+
+impl ChunkSource {
+    /// Runs of a region, with nothing to keep.
+    pub fn new(region: Region, runs: Vec<(u64, u64)>) -> Self {
+        Self { region, runs, keep: None }
+    }
 }
 
 /// How a request went.
@@ -108,14 +117,26 @@ impl Sender {
         chunks: Vec<ChunkSpec>,
         timeout: Option<Duration>,
     ) -> Result<Reservation> {
+        self.reserve_more(request, chunks, 0, timeout)
+    }
+
+    /// The same where only the first `chunks` are known yet, as in a prefill that is cut into steps: pages for up to `more` further
+    /// ones are granted with them, and [`Reservation::extend`] names those.
+    pub fn reserve_more(
+        &self,
+        request: RequestId,
+        chunks: Vec<ChunkSpec>,
+        more: u32,
+        timeout: Option<Duration>,
+    ) -> Result<Reservation> {
         let timeout = timeout.unwrap_or(self.handle.config.request_timeout);
         let deadline = Instant::now() + timeout;
         let mut session = self.handle.session(deadline)?;
-        let ticket = match session.reserve(request.clone(), chunks.clone(), deadline) {
+        let ticket = match session.reserve(request.clone(), (chunks.clone(), more), deadline) {
             // It ended between being looked at and being used: once more, over a new one.
             Err(_) if !session.is_open() => {
                 session = self.handle.session(deadline)?;
-                session.reserve(request, chunks, deadline)?
+                session.reserve(request, (chunks, more), deadline)?
             }
             result => result?,
         };
@@ -136,6 +157,11 @@ impl Sender {
             reservation.write(i, source)?;
         }
         Ok(reservation.finish())
+    }
+
+    /// True when a request can be declared without connecting first.
+    pub fn is_open(&self) -> bool {
+        self.handle.session.try_lock().is_some_and(|session| session.is_open())
     }
 
     /// The receiver's agent, as last connected.
@@ -169,12 +195,12 @@ impl Reservation {
     /// has ended. Each chunk is written once.
     pub fn write(&self, i: usize, source: ChunkSource) -> Result<()> {
         let Delivery { session, ticket, .. } = self.inner();
-        let Some(spec) = ticket.specs.get(i) else {
+        let Some(spec) = ticket.spec(i) else {
             return Err(Error::OutOfRange {
                 what: format!("chunks of request {}", ticket.request),
                 offset: i as u64,
                 len: 1,
-                limit: ticket.specs.len() as u64,
+                limit: ticket.chunks() as u64,
             });
         };
         let chunk = PlanChunk {
@@ -187,6 +213,19 @@ impl Reservation {
         plan(&session.layout()?, &[chunk], Striping::NONE)
             .map_err(|e| Error::InvalidArgument { argument: "source", problem: e.to_string() })?;
         session.supply(ticket, i as u32, source)
+    }
+
+    /// Names further chunks, at most as many as [`Sender::reserve_more`] announced; `last` says that none will follow, and gives
+    /// pages that were kept for more back. Returns the index of the first, to be named in [`Reservation::write`].
+    pub fn extend(&self, chunks: Vec<ChunkSpec>, last: bool) -> Result<usize> {
+        let Delivery { session, ticket, .. } = self.inner();
+        session.extend(ticket, chunks, last)
+    }
+
+    /// Has `f` told how the request ends: once, at once if it has ended, on the thread that ends it, where it must not block
+    /// or call into the channel.
+    pub fn on_end(&self, f: impl FnOnce(&Result<DeliveryReport>) + Send + 'static) {
+        self.inner().ticket.on_end(Box::new(f));
     }
 
     /// Every chunk has been given to [`Reservation::write`]; the rest can be waited for.

@@ -174,7 +174,7 @@ impl Session {
     pub(super) fn reserve(
         &self,
         request: RequestId,
-        specs: Vec<ChunkSpec>,
+        (specs, more): (Vec<ChunkSpec>, u32),
         deadline: Instant,
     ) -> Result<Arc<Ticket>> {
         let mut state = self.state.lock();
@@ -186,17 +186,19 @@ impl Session {
             host::now(),
             request.clone(),
             specs.clone(),
+            more,
             host::to_time(deadline),
             a.level,
         )?;
         let bytes = specs.iter().map(|s| s.len).sum::<u64>();
         let span = tracing::info_span!(
-            "request", side = "sender", %request, receiver = %self.peer.name(), pool = self.pool, chunks = specs.len(), bytes
+            "request", side = "sender", %request, receiver = %self.peer.name(), pool = self.pool, chunks = specs.len(), more, bytes
         );
+        let sources = specs.iter().map(|_| None).collect();
         let ticket = Arc::new(Ticket::new(request, serial, specs));
         let r = Request {
             ticket: ticket.clone(),
-            sources: ticket.specs.iter().map(|_| None).collect(),
+            sources,
             transfers: HashMap::new(),
             in_flight: 0,
             cancelled: false,
@@ -207,6 +209,24 @@ impl Session {
         requests.insert(serial, r);
         self.carry_out(state);
         Ok(ticket)
+    }
+
+    /// Names further chunks of a request; returns the index of the first.
+    pub(super) fn extend(&self, ticket: &Ticket, specs: Vec<ChunkSpec>, last: bool) -> Result<usize> {
+        let mut state = self.state.lock();
+        let State { attached, requests, .. } = &mut *state;
+        let (Some(Ok(a)), Some(r)) = (attached, requests.get_mut(&ticket.serial)) else {
+            return Err(ticket.error());
+        };
+        let first = match a.machine.extend(ticket.serial, specs.clone(), last) {
+            Ok(first) => first as usize,
+            Err(SenderError::Ended) => return Err(ticket.error()),
+            Err(e) => return Err(e.into()),
+        };
+        r.sources.extend(specs.iter().map(|_| None));
+        ticket.name(specs);
+        self.carry_out(state);
+        Ok(first)
     }
 
     pub(super) fn supply(&self, ticket: &Ticket, chunk: u32, source: ChunkSource) -> Result<()> {
@@ -369,10 +389,10 @@ impl Session {
             };
             let i = write.chunk as usize;
             let source = r.sources[i].clone().filter(|_| !r.cancelled).ok_or_else(gone)?;
-            let spec = &r.ticket.specs[i];
+            let spec = r.ticket.spec(i).ok_or_else(gone)?;
             let binding = Binding {
                 request: r.ticket.request.clone(),
-                key: spec.key.clone(),
+                key: spec.key,
                 len: spec.len,
                 page: write.page,
                 generation: write.generation,

@@ -118,7 +118,7 @@ fn source(agent: &Agent, n: u32, len: u64, runs: u64) -> ChunkSource {
         memory.write_at(2 * start, &bytes[start as usize..end as usize]).expect("inside");
         list.push((2 * start, end - start));
     }
-    ChunkSource { region: agent.register(memory).expect("registered"), runs: list }
+    ChunkSource::new(agent.register(memory).expect("registered"), list)
 }
 
 fn chunks(agent: &Agent, numbers: impl IntoIterator<Item = u32>, len: u64) -> Vec<(ChunkSpec, ChunkSource)> {

@@ -1,4 +1,4 @@
-//! The end of a request as its caller sees it: who waits for it is woken by whoever ends it.
+//! The end of a request as its caller sees it: who waits for it is woken by whoever ends it, who asked to be told is told.
 
 use super::sender::DeliveryReport;
 use crate::{Error, Result};
@@ -7,11 +7,15 @@ use kvxfer_proto::{ErrorCode, RequestId};
 use parking_lot::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+/// Told of the end once, by the thread that ends the request; must not block.
+pub(super) type OnEnd = Box<dyn FnOnce(&Result<DeliveryReport>) + Send>;
+
 /// The end of a request as its caller sees it.
 pub(super) struct Ticket {
     pub(super) request: RequestId,
-    pub(super) specs: Vec<ChunkSpec>,
     pub(super) serial: u64,
+    /// Grows while chunks are still being named.
+    specs: Mutex<Vec<ChunkSpec>>,
     state: Mutex<TicketState>,
     changed: Condvar,
 }
@@ -20,11 +24,36 @@ pub(super) struct Ticket {
 struct TicketState {
     admitted: bool,
     result: Option<Result<DeliveryReport>>,
+    on_end: Vec<OnEnd>,
 }
 
 impl Ticket {
     pub(super) fn new(request: RequestId, serial: u64, specs: Vec<ChunkSpec>) -> Self {
-        Self { request, specs, serial, state: Mutex::default(), changed: Condvar::new() }
+        Self { request, serial, specs: Mutex::new(specs), state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Chunks named so far.
+    pub(super) fn chunks(&self) -> usize {
+        self.specs.lock().len()
+    }
+
+    pub(super) fn spec(&self, chunk: usize) -> Option<ChunkSpec> {
+        self.specs.lock().get(chunk).cloned()
+    }
+
+    pub(super) fn name(&self, specs: Vec<ChunkSpec>) {
+        self.specs.lock().extend(specs);
+    }
+
+    /// Has `f` told of the end, at once when there was one.
+    pub(super) fn on_end(&self, f: OnEnd) {
+        let mut state = self.state.lock();
+        let Some(result) = state.result.clone() else {
+            state.on_end.push(f);
+            return;
+        };
+        drop(state);
+        f(&result);
     }
 
     pub(super) fn admit(&self) {
@@ -33,8 +62,13 @@ impl Ticket {
     }
 
     pub(super) fn end(&self, result: Result<DeliveryReport>) {
-        self.state.lock().result = Some(result);
+        let told = {
+            let mut state = self.state.lock();
+            state.result = Some(result.clone());
+            std::mem::take(&mut state.on_end)
+        };
         self.changed.notify_all();
+        told.into_iter().for_each(|f| f(&result));
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {

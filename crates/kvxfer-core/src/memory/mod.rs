@@ -15,10 +15,12 @@ mod limits;
 mod shared;
 
 use crate::{Error, Result};
+use parking_lot::Mutex;
 use rustix::mm::{MapFlags, ProtFlags};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Where memory came from; decides which transports can reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,14 +82,25 @@ impl Memory {
     pub fn shared(len: usize, huge: HugePages) -> Result<Arc<Self>> {
         let len = checked_len(len)?;
         let pool = shared::create(len, huge)?;
-        Ok(Arc::new(Self {
+        let memory = Arc::new(Self {
             base: pool.mapping.base,
             len,
             kind: MemoryKind::Memfd,
             paging: pool.paging,
             fd: Some(pool.fd),
             _mapping: Some(pool.mapping),
-        }))
+        });
+        let mut known = SHARED.lock();
+        known.retain(|_, m| m.strong_count() > 0);
+        known.insert(memory.base.as_ptr() as usize, Arc::downgrade(&memory));
+        drop(known);
+        Ok(memory)
+    }
+
+    /// The memory that [`Memory::shared`] made of exactly these bytes, if it still lives.
+    pub fn shared_at(base: usize, len: usize) -> Option<Arc<Self>> {
+        let memory = SHARED.lock().get(&base)?.upgrade()?;
+        (len == memory.len).then_some(memory)
     }
 
     /// Maps a memfd received from a peer. Refused unless it is sealed against shrinking and holds `len` bytes:
@@ -211,6 +224,9 @@ impl Memory {
         }
     }
 }
+
+/// Shared memory made by this process, by its address.
+static SHARED: Mutex<BTreeMap<usize, Weak<Memory>>> = Mutex::new(BTreeMap::new());
 
 /// A mapping this process made; dropping it unmaps.
 #[derive(Debug)]

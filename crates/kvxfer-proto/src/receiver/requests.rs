@@ -17,10 +17,13 @@ pub(super) struct Request {
     pub(super) integrity: Integrity,
     pub(super) phase: Phase,
     pub(super) deadline: Time,
+    /// Chunks announced but not named yet, and the pages kept for them once admitted.
+    pub(super) more: u32,
+    pub(super) spares: Vec<Hold>,
     declared: Time,
     timer: Option<Time>,
-    /// Chunks not published yet.
-    undone: u32,
+    /// Named chunks not published yet.
+    pub(super) undone: u32,
     /// Pages that wait for the end of the sender's writes; only once ended.
     quarantine: Vec<Hold>,
 }
@@ -51,6 +54,17 @@ pub(super) enum ChunkState {
     Done(Hold),
 }
 
+impl ChunkState {
+    /// What the sender is told of it.
+    pub(super) fn slot(&self) -> Slot {
+        match *self {
+            Self::Granted(h) | Self::Verifying(h) => slot_of(h),
+            Self::Present(_) | Self::Done(_) => Slot::Present,
+            Self::Pending(_) | Self::None => Slot::Pending,
+        }
+    }
+}
+
 impl Request {
     pub(super) fn new(
         now: Time,
@@ -72,6 +86,8 @@ impl Request {
             integrity,
             phase: Phase::Queued,
             deadline,
+            more: 0,
+            spares: Vec::new(),
             declared: now,
             timer: None,
             undone: specs.len() as u32,
@@ -113,7 +129,7 @@ impl Receiver {
                     "request {} waited {:?} for {} pages; {} of {} are available (enlarge the pool, or let consumers release)",
                     r.id,
                     now.since(r.declared),
-                    self.pool.need(&r.specs),
+                    self.pool.need(&r.specs) + r.more,
                     self.pool.available(),
                     self.pool.pages()
                 );
@@ -142,13 +158,16 @@ impl Receiver {
         let mut queue = std::mem::take(&mut self.queue);
         queue.run(|owner, pages_allowed| {
             let Some(r) = self.requests.get_mut(&owner) else { return Attempt::LeftFree };
-            let need = self.pool.need(&r.specs);
+            let need = self.pool.need(&r.specs) + r.more;
             if need > 0 && !pages_allowed {
                 return Attempt::Waits;
             }
-            let placements = match self.pool.admit(owner, &r.specs) {
+            let placements = match self.pool.admit(owner, &r.specs, r.more) {
                 Ok(None) => return Attempt::Waits,
-                Ok(Some(placements)) => placements,
+                Ok(Some(admitted)) => {
+                    r.spares = admitted.spares;
+                    admitted.placements
+                }
                 Err(conflict) => {
                     self.end(now, owner, ErrorCode::Mismatch, &conflict.to_string(), false);
                     return Attempt::LeftFree;
@@ -181,12 +200,7 @@ impl Receiver {
         if r.phase != Phase::Active {
             return;
         }
-        let slot = |state: &ChunkState| match *state {
-            ChunkState::Granted(h) | ChunkState::Verifying(h) => slot_of(h),
-            ChunkState::Present(_) | ChunkState::Done(_) => Slot::Present,
-            ChunkState::Pending(_) | ChunkState::None => Slot::Pending,
-        };
-        let slots = r.chunks.iter().map(slot).collect();
+        let slots = r.chunks.iter().map(ChunkState::slot).collect();
         let lease_ms = u64::try_from(self.settings.lease.as_millis()).unwrap_or(u64::MAX);
         let grant = Message::Grant { channel: r.channel, serial: r.serial, slots, lease_ms };
         r.send(&mut self.outputs, grant);
@@ -220,8 +234,9 @@ impl Receiver {
         }
     }
 
-    fn finish_if_done(&mut self, now: Time, owner: Owner) {
-        if !self.requests.get(&owner).is_some_and(|r| r.phase == Phase::Active && r.undone == 0) {
+    pub(super) fn finish_if_done(&mut self, now: Time, owner: Owner) {
+        let done = |r: &Request| r.phase == Phase::Active && r.undone == 0 && r.more == 0;
+        if !self.requests.get(&owner).is_some_and(done) {
             return;
         }
         let Some(r) = self.forget(owner) else { return };
@@ -266,6 +281,9 @@ impl Receiver {
             return;
         }
         self.active -= 1;
+        for spare in std::mem::take(&mut r.spares) {
+            self.pool.give_back(owner, spare);
+        }
         for (i, state) in chunks.into_iter().enumerate() {
             let Some(r) = self.requests.get_mut(&owner) else { return };
             let key = &r.specs[i].key;
@@ -350,8 +368,12 @@ impl Receiver {
                 .iter()
                 .filter(|c| !matches!(c, ChunkState::Present(_) | ChunkState::Done(_)))
                 .count();
-            if r.phase == Phase::Active && (undone != r.undone as usize || undone == 0 || r.timer.is_none()) {
+            let over = undone == 0 && r.more == 0;
+            if r.phase == Phase::Active && (undone != r.undone as usize || over || r.timer.is_none()) {
                 return Err(format!("{owner:?} counts {} undone chunks of {undone}", r.undone));
+            }
+            if r.spares.len() != if r.phase == Phase::Active { r.more as usize } else { 0 } {
+                return Err(format!("{owner:?} keeps {} pages for {} chunks", r.spares.len(), r.more));
             }
             if r.phase == Phase::Ended && r.quarantine.is_empty() {
                 return Err(format!("{owner:?} has ended and is kept for nothing"));
@@ -367,7 +389,8 @@ impl Receiver {
             .filter(|c| {
                 matches!(c, ChunkState::Pending(_) | ChunkState::Granted(_) | ChunkState::Verifying(_))
             })
-            .count();
+            .count()
+            + self.requests.values().map(|r| r.spares.len()).sum::<usize>();
         let quarantined: usize = self.requests.values().map(|r| r.quarantine.len()).sum();
         let counts = self.pool.counts();
         if held != counts.writing as usize || quarantined != counts.quarantined as usize {

@@ -89,7 +89,7 @@ pub fn decode(payload: &[u8]) -> Result<Message, WireError> {
 }
 
 /// Names of all messages, as on the wire.
-const TYPES: [&str; 25] = [
+const TYPES: [&str; 27] = [
     "hello",
     "auth",
     "offers",
@@ -103,6 +103,8 @@ const TYPES: [&str; 25] = [
     "attached",
     "detach",
     "reserve",
+    "extend",
+    "extended",
     "grant",
     "resolved",
     "refused",
@@ -177,7 +179,15 @@ fn check(message: &Message) -> Result<(), WireError> {
             limit("attached.text", text.len(), MAX_TEXT)?;
             region.as_ref().map_or(Ok(()), advert)
         }
-        Message::Reserve { chunks, .. } => limit("reserve.chunks", chunks.len(), MAX_CHUNKS),
+        Message::Reserve { chunks, more, .. } => {
+            limit("reserve.chunks", chunks.len().saturating_add(*more as usize), MAX_CHUNKS)
+        }
+        Message::Extend { first, chunks, .. } => {
+            limit("extend.chunks", chunks.len().saturating_add(*first as usize), MAX_CHUNKS)
+        }
+        Message::Extended { first, slots, .. } => {
+            limit("extended.slots", slots.len().saturating_add(*first as usize), MAX_CHUNKS)
+        }
         Message::Grant { slots, .. } => limit("grant.slots", slots.len(), MAX_CHUNKS),
         Message::Refuse { text, .. }
         | Message::Detach { text, .. }

@@ -196,12 +196,68 @@ fn a_slow_request_does_not_block_another_sender() {
     w.run();
 }
 
+#[test]
+fn a_request_named_step_by_step_holds_its_pages_from_the_start() {
+    let mut w = world(32, 2);
+    for sender in 0..2 {
+        w.schedule(0, stepwise(sender, sender as u32 * 20, 20, 4, 0));
+    }
+    for n in 0..20 {
+        w.schedule(300, Action::Consume { key: n, hold_ms: 50, remove: true });
+    }
+    w.run_until(50);
+    assert_eq!(w.receiver.stats().pages.free, 12, "all pages of the first one, none of the second");
+    w.run_until(1000);
+    assert_eq!((ok(&w, 0).written, ok(&w, 1).written), (20, 20));
+    assert!(ok(&w, 1).queued.as_millis() >= 300, "the second one waited for pages, holding none");
+    w.run();
+}
+
+#[test]
+fn announced_chunks_that_never_come_give_their_pages_back() {
+    let mut w = world(8, 2);
+    w.schedule(0, stepwise(0, 0, 4, 1, 4));
+    w.run_until(500);
+    assert_eq!(ok(&w, 0).written, 4);
+    assert_eq!(w.receiver.stats().pages.free, 4);
+    w.run();
+}
+
+#[test]
+fn a_chunk_named_later_may_be_there_already_or_on_its_way() {
+    let mut w = world(16, 3);
+    w.schedule(0, request(0, 0, 2));
+    w.schedule(5, Action::Request { sender: 1, first: 2, count: 2, deadline_ms: 1900, supply_after_ms: 300 });
+    w.schedule(50, stepwise(2, 0, 6, 1, 0));
+    w.run_until(1500);
+    assert_eq!((ok(&w, 2).present, ok(&w, 2).written), (4, 2));
+    w.run();
+}
+
+#[test]
+fn more_pages_than_the_pool_has_are_refused_at_once() {
+    let mut w = world(4, 1);
+    w.schedule(0, stepwise(0, 0, 4, 1, 1));
+    w.run_until(5);
+    assert!(w.requests.is_empty(), "the sender knows the pool's size and refuses it itself");
+    w.run();
+}
+
+fn stepwise(sender: usize, first: u32, count: u32, named: u32, extra: u32) -> Action {
+    Action::Stepwise { sender, first, count, named, extra, deadline_ms: 1900, supply_after_ms: 100 }
+}
+
 fn actions(senders: usize, restarts: bool) -> impl Strategy<Value = Vec<(u64, Action)>> {
     let sender = 0..senders;
     let one = prop_oneof![
         8 => (sender.clone(), 0..24u32, 1..9u32, 20..1500u64, 0..300u64).prop_map(
             |(sender, first, count, deadline_ms, supply_after_ms)| Action::Request {
                 sender, first, count, deadline_ms, supply_after_ms
+            }
+        ),
+        4 => (sender.clone(), 0..24u32, 1..9u32, 1..4u32, 0..3u32, 20..1500u64, 0..300u64).prop_map(
+            |(sender, first, count, named, extra, deadline_ms, supply_after_ms)| Action::Stepwise {
+                sender, first, count, named, extra, deadline_ms, supply_after_ms
             }
         ),
         1 => sender.clone().prop_map(|sender| Action::Abort { sender }),

@@ -39,12 +39,43 @@ pub(crate) struct Faults {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Action {
-    Request { sender: usize, first: u32, count: u32, deadline_ms: u64, supply_after_ms: u64 },
-    Abort { sender: usize },
-    Kill { sender: usize, silent_ms: u64 },
-    Stop { sender: usize, ms: u64 },
-    Disconnect { sender: usize },
-    Consume { key: u32, hold_ms: u64, remove: bool },
+    Request {
+        sender: usize,
+        first: u32,
+        count: u32,
+        deadline_ms: u64,
+        supply_after_ms: u64,
+    },
+    /// The same, but only `named` chunks are known when it is declared; the others are named one by one, each just before its
+    /// bytes are there. `extra` more are announced than ever come.
+    Stepwise {
+        sender: usize,
+        first: u32,
+        count: u32,
+        named: u32,
+        extra: u32,
+        deadline_ms: u64,
+        supply_after_ms: u64,
+    },
+    Abort {
+        sender: usize,
+    },
+    Kill {
+        sender: usize,
+        silent_ms: u64,
+    },
+    Stop {
+        sender: usize,
+        ms: u64,
+    },
+    Disconnect {
+        sender: usize,
+    },
+    Consume {
+        key: u32,
+        hold_ms: u64,
+        remove: bool,
+    },
     RestartReceiver,
 }
 
@@ -55,6 +86,7 @@ enum Ev {
     WriteStarts(PeerId, Write),
     WriteEnds(PeerId, Write, Landing),
     Supply { peer: PeerId, serial: u64, chunk: u32 },
+    Extend { peer: PeerId, serial: u64, spec: ChunkSpec, last: bool },
     Verify(u64, Box<Verify>),
     Unpin(u64, Hold, ChunkKey),
     Fenced(u64, PeerId),
@@ -266,6 +298,14 @@ impl World {
                     let _ = m.supply(serial, chunk);
                 }
             }
+            Ev::Extend { peer, serial, spec, last } => {
+                let named = self.machine(&peer).and_then(|m| m.extend(serial, vec![spec.clone()], last).ok());
+                if let Some(chunk) = named {
+                    let r = self.requests.iter_mut().find(|r| r.peer == peer && r.serial == serial);
+                    r.expect("known").specs.push(spec);
+                    self.at(self.now, Ev::Supply { peer, serial, chunk });
+                }
+            }
             Ev::Verify(incarnation, verify) => {
                 if incarnation == self.generation_of_receiver {
                     let b = &verify.binding;
@@ -309,7 +349,10 @@ impl World {
     fn action(&mut self, action: Action) {
         match action {
             Action::Request { sender, first, count, deadline_ms, supply_after_ms } => {
-                self.request(sender, first, count, deadline_ms, supply_after_ms);
+                self.request(sender, (first, count), (count, 0), deadline_ms, supply_after_ms);
+            }
+            Action::Stepwise { sender, first, count, named, extra, deadline_ms, supply_after_ms } => {
+                self.request(sender, (first, count), (named.min(count), extra), deadline_ms, supply_after_ms);
             }
             Action::Abort { sender } => {
                 let peer = self.senders[sender].peer.clone();
@@ -364,20 +407,34 @@ impl World {
         }
     }
 
-    fn request(&mut self, i: usize, first: u32, count: u32, deadline_ms: u64, supply_after_ms: u64) {
+    fn request(
+        &mut self,
+        i: usize,
+        (first, count): (u32, u32),
+        (named, extra): (u32, u32),
+        deadline_ms: u64,
+        supply_after_ms: u64,
+    ) {
         let peer = self.senders[i].peer.clone();
         let (now, deadline) = (self.now, self.now + Duration::from_millis(deadline_ms));
         // Ids are shared by all senders on purpose.
         let name = RequestId::new(format!("request-{}", self.senders[i].named)).expect("valid");
         self.senders[i].named += 1;
-        let specs: Vec<_> = (first..first + count).map(|n| ChunkSpec { key: key(n), len: LEN }).collect();
+        let mut specs: Vec<_> = (first..first + count).map(|n| ChunkSpec { key: key(n), len: LEN }).collect();
         let stopped = self.senders[i].stopped;
         let Some(m) = self.machine(&peer).filter(|_| !stopped) else { return };
-        if let Ok(serial) = m.reserve(now, name.clone(), specs.clone(), deadline, Integrity::Full) {
+        let later = specs.split_off(named.clamp(1, count) as usize);
+        let more = later.len() as u32 + if later.is_empty() { 0 } else { extra };
+        if let Ok(serial) = m.reserve(now, name.clone(), specs.clone(), more, deadline, Integrity::Full) {
+            let at = |chunk: u32| {
+                now + Duration::from_millis(supply_after_ms * u64::from(chunk + 1) / u64::from(count))
+            };
             for chunk in 0..specs.len() as u32 {
-                let at =
-                    now + Duration::from_millis(supply_after_ms * u64::from(chunk + 1) / u64::from(count));
-                self.at(at, Ev::Supply { peer: peer.clone(), serial, chunk });
+                self.at(at(chunk), Ev::Supply { peer: peer.clone(), serial, chunk });
+            }
+            for (spec, chunk) in later.into_iter().zip(specs.len() as u32..) {
+                let last = chunk + 1 == count;
+                self.at(at(chunk), Ev::Extend { peer: peer.clone(), serial, spec, last });
             }
             self.requests.push(Request { name, peer, serial, deadline, result: None, specs });
         }
@@ -553,6 +610,9 @@ impl World {
         match message {
             Message::Grant { serial, slots, .. } => {
                 slots.iter().enumerate().for_each(|(i, s)| see(*serial, i as u32, s));
+            }
+            Message::Extended { serial, first, slots, .. } => {
+                slots.iter().zip(*first..).for_each(|(s, chunk)| see(*serial, chunk, s));
             }
             Message::Resolved { serial, chunk, slot, .. } => see(*serial, *chunk, slot),
             _ => {}

@@ -1,21 +1,16 @@
-//! The reading side of ZMTP 3.0 and 3.1 with the NULL mechanism, as a PULL socket needs it.
-//!
-//! Both sides send a greeting of 64 bytes, then a READY command, then frames: a flag byte, a length of one or eight
-//! bytes, the content. See the ZMTP specification (rfc.zeromq.org/spec/23 and 37).
+//! The reading side of [`kvxfer_proto::zmtp`], as a PULL socket needs it.
 
 use bytes::{Buf, Bytes, BytesMut};
 use kvxfer_proto::notify::MAX_MESSAGE;
+use kvxfer_proto::zmtp::{
+    COMMAND, GREETING, LONG, MAX_COMMAND, MORE, check_greeting, greeting, parse_ready, ready,
+};
 use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-const MORE: u8 = 1;
-const LONG: u8 = 2;
-const COMMAND: u8 = 4;
 /// Largest frame that is read and skipped; a longer one ends the connection.
 const MAX_SKIPPED: u64 = 1 << 20;
-/// Largest command; READY holds a few short properties.
-const MAX_COMMAND: u64 = 4096;
 /// Most parts of a message.
 const MAX_PARTS: u32 = 64;
 
@@ -41,17 +36,22 @@ impl Pull {
     pub(super) async fn accept(mut stream: TcpStream) -> io::Result<Self> {
         stream.write_all(&greeting()).await?;
         let mut pull = Self { stream, buffer: BytesMut::with_capacity(512) };
-        pull.fill(64).await?;
-        check_greeting(&pull.buffer[..64])?;
-        pull.buffer.advance(64);
-        pull.stream.write_all(&ready("PULL")).await?;
+        pull.fill(GREETING).await?;
+        let mut theirs = [0; GREETING];
+        pull.buffer.copy_to_slice(&mut theirs);
+        check_greeting(&theirs).map_err(|e| bad(&e))?;
+        // Engines of ours are told that failures are understood here.
+        pull.stream.write_all(&ready("PULL", true)).await?;
         let (flags, len) = pull.header().await?.ok_or_else(cut_off)?;
         if flags & COMMAND == 0 || len > MAX_COMMAND {
             return Err(bad("no READY command after the greeting"));
         }
         pull.fill(len as usize).await?;
         let command = pull.buffer.split_to(len as usize);
-        check_ready(&command)?;
+        let kind = parse_ready(&command).map_err(|e| bad(&e))?.socket_type;
+        if kind != "PUSH" {
+            return Err(bad(&format!("a {kind} socket; this one talks to PUSH")));
+        }
         Ok(pull)
     }
 
@@ -165,60 +165,6 @@ impl Pull {
     }
 }
 
-fn greeting() -> [u8; 64] {
-    let mut bytes = [0; 64];
-    bytes[0] = 0xff;
-    bytes[9] = 0x7f;
-    bytes[10] = 3;
-    bytes[11] = 1;
-    bytes[12..16].copy_from_slice(b"NULL");
-    bytes
-}
-
-fn check_greeting(bytes: &[u8]) -> io::Result<()> {
-    if bytes[0] != 0xff || bytes[9] & 1 != 1 {
-        return Err(bad("not a ZeroMQ peer"));
-    }
-    if bytes[10] < 3 {
-        return Err(bad("a ZeroMQ peer older than version 4 (ZMTP 3.0)"));
-    }
-    if &bytes[12..32] != b"NULL\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0" {
-        let name: String =
-            bytes[12..32].iter().take_while(|b| **b != 0).map(|b| b.escape_ascii().to_string()).collect();
-        return Err(bad(&format!("security mechanism {name}; only NULL is spoken here")));
-    }
-    Ok(())
-}
-
-fn ready(kind: &str) -> Vec<u8> {
-    let mut body = b"\x05READY\x0bSocket-Type".to_vec();
-    body.extend_from_slice(&(kind.len() as u32).to_be_bytes());
-    body.extend_from_slice(kind.as_bytes());
-    let mut frame = vec![COMMAND, body.len() as u8];
-    frame.append(&mut body);
-    frame
-}
-
-fn check_ready(command: &[u8]) -> io::Result<()> {
-    let Some(mut rest) = command.strip_prefix(b"\x05READY") else { return Err(bad("no READY command")) };
-    while let [name_len, tail @ ..] = rest {
-        let (name, tail) =
-            tail.split_at_checked(usize::from(*name_len)).ok_or_else(|| bad("a damaged READY"))?;
-        let (len, tail) = tail.split_at_checked(4).ok_or_else(|| bad("a damaged READY"))?;
-        let len = u32::from_be_bytes([len[0], len[1], len[2], len[3]]) as usize;
-        let (value, tail) = tail.split_at_checked(len).ok_or_else(|| bad("a damaged READY"))?;
-        if name.eq_ignore_ascii_case(b"Socket-Type") {
-            return if value == b"PUSH" {
-                Ok(())
-            } else {
-                Err(bad(&format!("a {} socket; this one talks to PUSH", value.escape_ascii())))
-            };
-        }
-        rest = tail;
-    }
-    Err(bad("a READY without a socket type"))
-}
-
 fn bad(problem: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, problem)
 }
@@ -283,7 +229,7 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_is_no_push_socket_is_told_apart() {
-        let hello = |kind: &str| [greeting().to_vec(), ready(kind)].concat();
+        let hello = |kind: &str| [greeting().to_vec(), ready(kind, false)].concat();
         let mut curve = hello("PUSH");
         curve[12..17].copy_from_slice(b"CURVE");
         let mut old = hello("PUSH");
@@ -320,11 +266,11 @@ mod tests {
     async fn heartbeats_are_answered() {
         let (pull, at) = pair().await;
         let mut peer = TcpStream::connect(at).await.expect("connected");
-        peer.write_all(&[greeting().to_vec(), ready("PUSH")].concat()).await.expect("sent");
+        peer.write_all(&[greeting().to_vec(), ready("PUSH", false)].concat()).await.expect("sent");
         peer.write_all(b"\x04\x0a\x04PING\x00\x10abc\x00\x01x").await.expect("sent");
         let mut pull = pull.await.expect("no panic").expect("greeted");
         assert_eq!(pull.next().await.expect("readable"), Some(Message::Single(Bytes::from_static(b"x"))));
-        let mut answer = vec![0; 64 + ready("PULL").len() + 10];
+        let mut answer = vec![0; 64 + ready("PULL", true).len() + 10];
         peer.read_exact(&mut answer).await.expect("answered");
         assert!(answer.ends_with(b"\x04\x08\x04PONGabc"));
     }

@@ -203,7 +203,7 @@ impl Job {
                 .map_err(|e| Error::failed(ErrorCode::System, format!("copying chunk {i}: {e}")))?;
             times.offload += started.elapsed();
             let runs = vec![(offset, shape.bytes(tokens) as u64)];
-            reservation.write(i, ChunkSource { region: region.clone(), runs })?;
+            reservation.write(i, ChunkSource::new(region.clone(), runs))?;
             times.last = Instant::now();
         }
         Ok(times)

@@ -1,0 +1,568 @@
+//! The prefiller's whole side: requests of many prompts, in steps, to any number of receivers, with word to the proxy.
+//!
+//! ```text
+//! put(batch) ─► its request ─ open receiver: here and now ───────────► reserve | extend, write ─► … ─► Ended ─► proxy
+//!                         └─ not connected yet: the receiver's thread ─┘                └─► Released (per batch)
+//! ```
+//!
+//! [`Outbox::put`] never waits: a receiver that is connected is spoken to at once, one that is not has a thread of its own that
+//! connects, so neither a slow receiver nor a dead one holds up the engine or another receiver. All of a request's pages are asked
+//! for with its first batch (`total`); later batches name further chunks. A batch is released when nothing reads its bytes any more,
+//! however its request ends. Every request ends, by its deadline at the latest, and its end goes to the proxy, good or bad.
+
+use super::sender::{ChunkSource, DeliveryReport, Reservation, Sender, SenderConfig};
+use crate::notify::Notifier;
+use crate::{Agent, Error, Result};
+use crossbeam::channel as queue;
+use kvxfer_proto::notify::Notification;
+use kvxfer_proto::wire::ChunkSpec;
+use kvxfer_proto::{ErrorCode, RequestId};
+use parking_lot::{Condvar, Mutex};
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Pause between two attempts to reach a receiver.
+const RETRY: Duration = Duration::from_millis(50);
+/// Events that wait for [`Outbox::next_event`] at most, releases not counted; the oldest are dropped.
+const MAX_ENDS: usize = 16_384;
+
+/// Settings of an outbox.
+#[derive(Clone, Debug)]
+pub struct OutboxConfig {
+    /// Pool, geometry, integrity, and the deadline of a request from its first batch on.
+    pub sender: SenderConfig,
+    /// How long a receiver that cannot be reached is waited for.
+    pub patience: Duration,
+    /// The proxy's notification socket, `tcp://host:port`; `None` tells nobody.
+    pub proxy: Option<String>,
+}
+
+/// Part of a request.
+pub struct Batch {
+    /// The request, as the proxy knows it.
+    pub request: RequestId,
+    /// Where its chunks go, `tcp://host:port`.
+    pub receiver: String,
+    /// It begins the request: an earlier one of that name is over.
+    pub first: bool,
+    /// Chunks of the whole request, as far as that is known with the first batch; smaller than what is in it means: no more.
+    pub total: u32,
+    /// No further batch follows.
+    pub last: bool,
+    /// The chunks and their bytes, which must stay as they are until the batch is released.
+    pub chunks: Vec<(ChunkSpec, ChunkSource)>,
+}
+
+/// What happens; see [`Outbox::next_event`].
+#[derive(Debug)]
+pub enum OutboxEvent {
+    /// Nothing reads the batch's bytes any more.
+    Released {
+        /// As [`Outbox::put`] numbered it.
+        batch: u64,
+    },
+    /// A request has ended: every chunk is published at the receiver, or why not.
+    Ended {
+        /// The request.
+        request: RequestId,
+        /// How.
+        result: Result<DeliveryReport>,
+        /// From its first batch to its end.
+        took: Duration,
+        /// From its last batch, which may not have come when it failed, to its end.
+        after_last: Duration,
+    },
+}
+
+/// Sends requests. Dropping it gives up what is under way.
+pub struct Outbox {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Until the outbox is dropped, by whose thread the agent may be shut down; others that end requests are the agent's own.
+    agent: Mutex<Option<Agent>>,
+    config: OutboxConfig,
+    notifier: Option<Notifier>,
+    next_batch: AtomicU64,
+    state: Mutex<State>,
+    events: Arc<Events>,
+}
+
+#[derive(Default)]
+struct State {
+    requests: HashMap<RequestId, Arc<Request>>,
+    routes: HashMap<String, Arc<Route>>,
+    threads: Vec<JoinHandle<()>>,
+    closed: bool,
+}
+
+/// One receiver.
+struct Route {
+    address: String,
+    sender: Mutex<Option<Sender>>,
+    work: queue::Sender<Arc<Request>>,
+}
+
+struct Request {
+    id: RequestId,
+    route: Arc<Route>,
+    started: Instant,
+    /// Held while a batch is being handed over, so that batches stay in order.
+    work: Mutex<Work>,
+    end: Mutex<End>,
+}
+
+#[derive(Default)]
+struct Work {
+    /// Batches that wait for the connection.
+    waiting: VecDeque<Part>,
+    reservation: Option<Reservation>,
+}
+
+#[derive(Default)]
+struct End {
+    ended: bool,
+    last_put: Option<Instant>,
+}
+
+struct Part {
+    total: u32,
+    last: bool,
+    chunks: Vec<(ChunkSpec, ChunkSource)>,
+}
+
+#[derive(Default)]
+struct Events {
+    queue: Mutex<Queued>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queued {
+    events: VecDeque<OutboxEvent>,
+    ends: usize,
+    /// Batches not released.
+    open: usize,
+    closed: bool,
+}
+
+/// Held by every source of a batch.
+struct Release {
+    batch: u64,
+    events: Arc<Events>,
+}
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.events.push(OutboxEvent::Released { batch: self.batch });
+    }
+}
+
+impl Outbox {
+    /// An outbox on `agent`. Nothing is connected before the first batch.
+    pub fn new(agent: &Agent, config: OutboxConfig) -> Result<Self> {
+        let notifier = config.proxy.as_deref().map(Notifier::new).transpose()?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                agent: Mutex::new(Some(agent.clone())),
+                config,
+                notifier,
+                next_batch: AtomicU64::new(1),
+                state: Mutex::default(),
+                events: Arc::default(),
+            }),
+        })
+    }
+
+    /// Takes a batch and returns its number; never waits. What is wrong with the batch itself is the error, and then nothing was
+    /// taken; whatever happens to its request afterwards is an event. Batches of a request that has failed are released at once.
+    pub fn put(&self, batch: Batch) -> Result<u64> {
+        let Batch { request: id, receiver, first, total, last, mut chunks } = batch;
+        if chunks.is_empty() && !last {
+            return Err(Error::InvalidArgument {
+                argument: "batch.chunks",
+                problem: format!("a batch of request {id} without chunks that is not its last"),
+            });
+        }
+        let request = self.shared.request(&id, &receiver, first, last)?;
+        let number = self.shared.next_batch.fetch_add(1, Ordering::Relaxed);
+        self.shared.events.queue.lock().open += 1;
+        let release = Arc::new(Release { batch: number, events: self.shared.events.clone() });
+        for (_, source) in &mut chunks {
+            source.keep = Some(release.clone());
+        }
+        drop(release);
+        {
+            let mut end = request.end.lock();
+            if last {
+                end.last_put = Some(Instant::now());
+            }
+            if end.ended {
+                return Ok(number);
+            }
+        }
+        let ready = {
+            let mut work = request.work.lock();
+            work.waiting.push_back(Part { total, last, chunks });
+            // The order is kept: what waits already goes first, on the thread that is at it.
+            work.waiting.len() == 1 && request.route.is_open()
+        };
+        if ready {
+            self.shared.hand_over(&request);
+        } else {
+            // The thread lives as long as the route.
+            let _ = request.route.work.send(request.clone());
+        }
+        Ok(number)
+    }
+
+    /// Gives a request up. False when none of that name is under way.
+    pub fn abort(&self, request: &RequestId, why: ErrorCode) -> bool {
+        let Some(request) = self.shared.state.lock().requests.get(request).cloned() else { return false };
+        self.shared.abort(&request, &Error::failed(why, "given up by the engine"));
+        true
+    }
+
+    /// The next event; `None` when the time is over, or the outbox is closed and nothing is left.
+    pub fn next_event(&self, timeout: Duration) -> Option<OutboxEvent> {
+        let deadline = Instant::now() + timeout;
+        let mut queue = self.shared.events.queue.lock();
+        loop {
+            if let Some(event) = queue.events.pop_front() {
+                queue.ends -= usize::from(matches!(event, OutboxEvent::Ended { .. }));
+                return Some(event);
+            }
+            if (queue.closed && queue.open == 0)
+                || self.shared.events.changed.wait_until(&mut queue, deadline).timed_out()
+            {
+                return queue.events.pop_front();
+            }
+        }
+    }
+
+    /// Requests under way.
+    pub fn active(&self) -> usize {
+        self.shared.state.lock().requests.values().filter(|r| !r.end.lock().ended).count()
+    }
+
+    /// Gives everything up, waits until no batch's bytes are read any more and the proxy has been told, at most `timeout`.
+    /// Releases are still to be taken with [`Outbox::next_event`].
+    pub fn close(&self, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        self.shared.close();
+        let mut queue = self.shared.events.queue.lock();
+        let released = |q: &Queued| {
+            q.open <= q.events.iter().filter(|e| matches!(e, OutboxEvent::Released { .. })).count()
+        };
+        while !released(&queue) {
+            if self.shared.events.changed.wait_until(&mut queue, deadline).timed_out() && !released(&queue) {
+                return Err(Error::TimedOut {
+                    operation: format!("closing: {} batches are still being read", queue.open),
+                    after: timeout,
+                });
+            }
+        }
+        drop(queue);
+        if let Some(notifier) = &self.shared.notifier {
+            notifier.flush(deadline.saturating_duration_since(Instant::now()));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Outbox {
+    fn drop(&mut self) {
+        self.shared.close();
+        let threads = std::mem::take(&mut self.shared.state.lock().threads);
+        for thread in threads {
+            // Each ends within one attempt to connect.
+            let _ = thread.join();
+        }
+        let agent = self.shared.agent.lock().take();
+        drop(agent);
+    }
+}
+
+impl std::fmt::Debug for Outbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Outbox").field("active", &self.active()).finish_non_exhaustive()
+    }
+}
+
+impl Route {
+    fn is_open(&self) -> bool {
+        // Locked only while its thread connects.
+        self.sender.try_lock().is_some_and(|s| s.as_ref().is_some_and(Sender::is_open))
+    }
+}
+
+impl Events {
+    fn push(&self, event: OutboxEvent) {
+        let mut queue = self.queue.lock();
+        match event {
+            OutboxEvent::Released { .. } => queue.open -= 1,
+            OutboxEvent::Ended { .. } => {
+                queue.ends += 1;
+                if queue.ends > MAX_ENDS
+                    && let Some(oldest) =
+                        queue.events.iter().position(|e| matches!(e, OutboxEvent::Ended { .. }))
+                {
+                    queue.events.remove(oldest);
+                    queue.ends -= 1;
+                }
+            }
+        }
+        queue.events.push_back(event);
+        self.changed.notify_all();
+    }
+}
+
+impl Shared {
+    /// The request that a batch belongs to.
+    fn request(
+        self: &Arc<Self>,
+        id: &RequestId,
+        receiver: &str,
+        first: bool,
+        last: bool,
+    ) -> Result<Arc<Request>> {
+        if first {
+            let before = self.state.lock().requests.remove(id);
+            if let Some(before) = before {
+                self.abort(
+                    &before,
+                    &Error::failed(ErrorCode::Cancelled, "another request of that name began"),
+                );
+            }
+        }
+        let mut state = self.state.lock();
+        if state.closed {
+            return Err(Error::failed(ErrorCode::Closed, "the outbox is closed"));
+        }
+        let now = Instant::now();
+        let keep = self.config.sender.request_timeout * 2;
+        // Failed ones are remembered for their later batches, not for ever.
+        state.requests.retain(|_, r| !r.end.lock().ended || now.duration_since(r.started) < keep);
+        if let Some(request) = state.requests.get(id).cloned() {
+            if request.route.address != receiver {
+                return Err(Error::InvalidArgument {
+                    argument: "batch.receiver",
+                    problem: format!("request {id} goes to {}, not to {receiver}", request.route.address),
+                });
+            }
+            if last && request.end.lock().ended {
+                state.requests.remove(id);
+            }
+            return Ok(request);
+        }
+        let route = match state.routes.get(receiver) {
+            Some(route) => route.clone(),
+            None => {
+                let (route, thread) = self.route(receiver)?;
+                state.routes.insert(receiver.to_owned(), route.clone());
+                state.threads.push(thread);
+                route
+            }
+        };
+        // What goes on without having begun belongs to a request that is over and forgotten.
+        let end = Mutex::new(End { ended: !first, last_put: None });
+        let request = Arc::new(Request { id: id.clone(), route, started: now, work: Mutex::default(), end });
+        if first {
+            state.requests.insert(id.clone(), request.clone());
+        }
+        Ok(request)
+    }
+
+    fn route(self: &Arc<Self>, receiver: &str) -> Result<(Arc<Route>, JoinHandle<()>)> {
+        crate::agent::address::Address::parse(receiver).map_err(|problem| Error::InvalidArgument {
+            argument: "batch.receiver",
+            problem: format!("{receiver:?}: {problem}"),
+        })?;
+        let (work, todo) = queue::unbounded::<Arc<Request>>();
+        let route = Arc::new(Route { address: receiver.to_owned(), sender: Mutex::default(), work });
+        let me = Arc::downgrade(self);
+        let thread = crate::threads::spawn("kvxfer-outbox", move || {
+            while let Ok(request) = todo.recv() {
+                let Some(shared) = me.upgrade() else { return };
+                shared.connect(&request);
+                shared.hand_over(&request);
+            }
+        })
+        .map_err(|e| Error::system("starting a thread for a receiver", e, "raise the limit on threads"))?;
+        Ok((route, thread))
+    }
+
+    /// Makes sure that the request's receiver is connected, or ends the request. Runs on the receiver's thread.
+    fn connect(&self, request: &Request) {
+        let route = &request.route;
+        if route.is_open() || request.end.lock().ended {
+            return;
+        }
+        // From its own beginning: requests that waited behind one that failed do not begin to wait then.
+        let deadline = request.started + self.config.patience;
+        let mut sender = route.sender.lock();
+        *sender = None;
+        let agent = self.agent.lock().clone();
+        let failure = loop {
+            let Some(agent) = &agent else { break Error::failed(ErrorCode::Closed, "the outbox is closed") };
+            let left = deadline.saturating_duration_since(Instant::now()).max(RETRY);
+            match Sender::connect(agent, &route.address, self.config.sender.clone(), left) {
+                Ok(connected) => {
+                    tracing::info!(receiver = route.address, agent = %connected.peer().name(), "connected");
+                    *sender = Some(connected);
+                    return;
+                }
+                // What no waiting cures.
+                Err(e) if !e.is_retryable() => break e,
+                Err(e) if Instant::now() + RETRY >= deadline => break e,
+                Err(_) if self.state.lock().closed || request.end.lock().ended => {
+                    break Error::failed(ErrorCode::Closed, "given up while connecting");
+                }
+                Err(_) => std::thread::sleep(RETRY),
+            }
+        };
+        drop(sender);
+        self.abort(request, &failure);
+    }
+
+    /// Hands over what waits of a request, in order.
+    fn hand_over(self: &Arc<Self>, request: &Arc<Request>) {
+        let mut work = request.work.lock();
+        let result = loop {
+            let Some(part) = work.waiting.front_mut() else { break Ok(()) };
+            if request.end.lock().ended {
+                work.waiting.clear();
+                break Ok(());
+            }
+            let part = Part { chunks: std::mem::take(&mut part.chunks), ..*part };
+            let last = part.last;
+            if let Err(e) = self.hand_over_part(request, &mut work.reservation, part) {
+                break Err(e);
+            }
+            work.waiting.pop_front();
+            if last && let Some(reservation) = work.reservation.take() {
+                // Its end is told by what was hung on it.
+                drop(reservation.finish());
+            }
+        };
+        drop(work);
+        if let Err(e) = result {
+            self.abort(request, &e);
+        }
+    }
+
+    fn hand_over_part(
+        self: &Arc<Self>,
+        request: &Arc<Request>,
+        reservation: &mut Option<Reservation>,
+        part: Part,
+    ) -> Result<()> {
+        let Part { total, last, chunks } = part;
+        let (specs, sources): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+        let first = if let Some(reservation) = reservation {
+            if specs.is_empty() && !last { 0 } else { reservation.extend(specs, last)? }
+        } else {
+            let more = if last { 0 } else { total.saturating_sub(specs.len() as u32) };
+            let sender = request.route.sender.lock().clone().ok_or_else(|| {
+                Error::failed(ErrorCode::Unreachable, format!("{} is not connected", request.route.address))
+            })?;
+            let left = self.config.sender.request_timeout.saturating_sub(request.started.elapsed());
+            let new = sender.reserve_more(request.id.clone(), specs, more, Some(left))?;
+            let (me, ended) = (Arc::downgrade(self), Arc::downgrade(request));
+            new.on_end(move |result| Self::told(&me, &ended, result));
+            *reservation = Some(new);
+            0
+        };
+        let Some(reservation) = reservation else { return Ok(()) };
+        for (i, source) in sources.into_iter().enumerate() {
+            reservation.write(first + i, source)?;
+        }
+        Ok(())
+    }
+
+    /// Runs on whichever thread ends the request.
+    fn told(me: &Weak<Self>, request: &Weak<Request>, result: &Result<DeliveryReport>) {
+        if let (Some(shared), Some(request)) = (me.upgrade(), request.upgrade()) {
+            shared.ended(&request, result.clone());
+        }
+    }
+
+    /// Gives a request up for its receiver and ends it for everybody else.
+    fn abort(&self, request: &Request, why: &Error) {
+        self.ended(request, Err(why.clone()));
+        // Somebody who is handing over sees that it has ended.
+        let (waiting, reservation) = {
+            let mut work = request.work.lock();
+            (std::mem::take(&mut work.waiting), work.reservation.take())
+        };
+        if let Some(reservation) = reservation {
+            reservation.abort(why.code());
+        }
+        drop(waiting);
+    }
+
+    /// A request has ended: once, whoever is first to say so.
+    fn ended(&self, request: &Request, result: Result<DeliveryReport>) {
+        let last_put = {
+            let mut end = request.end.lock();
+            if std::mem::replace(&mut end.ended, true) {
+                return;
+            }
+            end.last_put
+        };
+        if last_put.is_some() {
+            self.state.lock().requests.remove(&request.id);
+        }
+        let took = request.started.elapsed();
+        if let Some(notifier) = &self.notifier {
+            let (req_id, tp_rank) = (request.id.to_string(), self.config.sender.geometry.tp_rank);
+            notifier.send(match &result {
+                Ok(report) => Notification::KvReady {
+                    req_id,
+                    tp_rank,
+                    bytes: report.bytes,
+                    took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+                },
+                Err(e) => Notification::KvFailed {
+                    req_id,
+                    tp_rank,
+                    code: e.code().as_str().to_owned(),
+                    message: e.to_string(),
+                    retryable: e.is_retryable(),
+                },
+            });
+        }
+        let after_last = last_put.map_or(Duration::ZERO, |at| at.elapsed());
+        self.events.push(OutboxEvent::Ended { request: request.id.clone(), result, took, after_last });
+    }
+
+    fn close(&self) {
+        let (requests, routes) = {
+            let mut state = self.state.lock();
+            state.closed = true;
+            let requests: Vec<_> = state.requests.drain().map(|(_, r)| r).collect();
+            (requests, std::mem::take(&mut state.routes))
+        };
+        for request in requests {
+            self.abort(&request, &Error::failed(ErrorCode::Closed, "the outbox was closed"));
+        }
+        for route in routes.values() {
+            if let Some(mut sender) = route.sender.try_lock_for(RETRY) {
+                *sender = None;
+            }
+        }
+        // Their threads end with the routes' last holders.
+        drop(routes);
+        let mut queue = self.events.queue.lock();
+        queue.closed = true;
+        self.events.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+#[path = "outbox_tests.rs"]
+mod tests;

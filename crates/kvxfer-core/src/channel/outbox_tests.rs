@@ -1,0 +1,198 @@
+//! An outbox towards real receivers in the same process, some of which are not there.
+
+use super::*;
+use crate::channel::{Lookup, Receiver, ReceiverConfig};
+use crate::{Memory, TransportKind};
+use kvxfer_proto::{ChunkKey, Geometry};
+
+const PAGE: u64 = 64 << 10;
+const SOON: Duration = Duration::from_secs(20);
+
+fn geometry() -> Geometry {
+    Geometry { model: "test".into(), page_bytes: PAGE, ..Geometry::default() }
+}
+
+fn agent(name: &str, listen: &str) -> Agent {
+    let config = crate::AgentConfig { listen: vec![listen.into()], ..crate::AgentConfig::default() };
+    Agent::builder().config(config).name(name).allow([TransportKind::Inproc]).build().expect("an agent")
+}
+
+fn pool(agent: &Agent, pages: u32) -> Receiver {
+    let config = ReceiverConfig { pages, geometry: geometry(), ..ReceiverConfig::default() };
+    Receiver::new(agent, config).expect("a pool")
+}
+
+fn outbox(agent: &Agent, patience: Duration) -> Outbox {
+    let sender = SenderConfig { geometry: geometry(), ..SenderConfig::default() };
+    Outbox::new(agent, OutboxConfig { sender, patience, proxy: None }).expect("an outbox")
+}
+
+fn id(name: &str) -> RequestId {
+    RequestId::new(name).expect("valid")
+}
+
+fn key(n: u32) -> ChunkKey {
+    ChunkKey::new(format!("k{n}")).expect("valid")
+}
+
+fn chunks(agent: &Agent, numbers: std::ops::Range<u32>) -> Vec<(ChunkSpec, ChunkSource)> {
+    numbers
+        .map(|n| {
+            let memory = Memory::anonymous(PAGE as usize).expect("memory");
+            memory.write_at(0, &vec![n as u8 + 1; PAGE as usize]).expect("inside");
+            let source = ChunkSource::new(agent.register(memory).expect("registered"), vec![(0, PAGE)]);
+            (ChunkSpec { key: key(n), len: PAGE }, source)
+        })
+        .collect()
+}
+
+fn batch(
+    agent: &Agent,
+    request: &str,
+    to: &str,
+    numbers: std::ops::Range<u32>,
+    rest: (u32, bool, bool),
+) -> Batch {
+    let (total, first, last) = rest;
+    let chunks = chunks(agent, numbers);
+    Batch { request: id(request), receiver: to.into(), first, total, last, chunks }
+}
+
+/// What came until `ends` requests had ended and `releases` batches were released.
+fn collect(
+    outbox: &Outbox,
+    ends: usize,
+    releases: usize,
+) -> (Vec<(String, Result<DeliveryReport>)>, Vec<u64>) {
+    let (mut ended, mut released) = (Vec::new(), Vec::new());
+    while ended.len() < ends || released.len() < releases {
+        match outbox.next_event(SOON).expect("an event") {
+            OutboxEvent::Released { batch } => released.push(batch),
+            OutboxEvent::Ended { request, result, .. } => ended.push((request.to_string(), result)),
+        }
+    }
+    released.sort_unstable();
+    (ended, released)
+}
+
+#[test]
+fn a_request_in_three_steps_is_delivered_and_every_batch_released() {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let receiver = pool(&to, 8);
+    let outbox = outbox(&from, SOON);
+    let address = &to.addresses()[0];
+    let a = outbox.put(batch(&from, "r", address, 0..2, (6, true, false))).expect("taken");
+    let b = outbox.put(batch(&from, "r", address, 2..4, (0, false, false))).expect("taken");
+    let c = outbox.put(batch(&from, "r", address, 4..5, (0, false, true))).expect("taken");
+    let (ended, released) = collect(&outbox, 1, 3);
+    let report = ended[0].1.as_ref().expect("delivered");
+    assert_eq!((ended[0].0.as_str(), report.written, report.bytes), ("r", 5, 5 * PAGE));
+    assert_eq!(released, [a, b, c]);
+    assert_eq!(receiver.lookup(&key(4)), Lookup::Present(PAGE));
+    assert_eq!(receiver.stats().free, 3, "the page announced and not used is free");
+    assert_eq!(outbox.active(), 0);
+    // The next one finds the receiver connected, and its chunks there.
+    outbox.put(batch(&from, "s", address, 0..5, (5, true, true))).expect("taken");
+    assert_eq!(collect(&outbox, 1, 1).0[0].1.as_ref().expect("delivered").present, 5);
+}
+
+#[test]
+fn a_receiver_that_comes_later_gets_what_waited() {
+    let from = agent("p", "tcp://127.0.0.1:0");
+    let place = agent("d0", "tcp://127.0.0.1:0");
+    let address = place.addresses()[0].clone();
+    drop(place);
+    let outbox = outbox(&from, SOON);
+    outbox.put(batch(&from, "r", &address, 0..2, (3, true, false))).expect("taken");
+    outbox.put(batch(&from, "r", &address, 2..3, (0, false, true))).expect("taken");
+    assert!(outbox.next_event(Duration::from_millis(150)).is_none(), "nobody is there");
+    let to = agent("d", &address);
+    let _pool = pool(&to, 8);
+    assert_eq!(collect(&outbox, 1, 2).0[0].1.as_ref().expect("delivered").written, 3);
+}
+
+#[test]
+fn a_receiver_that_is_not_there_fails_its_requests_and_no_others() {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let _pool = pool(&to, 8);
+    let outbox = outbox(&from, Duration::from_millis(300));
+    let nobody = "tcp://127.0.0.1:1";
+    for request in ["a", "b"] {
+        outbox.put(batch(&from, request, nobody, 0..1, (2, true, false))).expect("taken");
+    }
+    outbox.put(batch(&from, "c", &to.addresses()[0], 0..1, (1, true, true))).expect("taken");
+    let (mut ended, released) = collect(&outbox, 3, 3);
+    ended.sort_by(|x, y| x.0.cmp(&y.0));
+    assert_eq!(released.len(), 3);
+    assert!(ended[2].1.is_ok());
+    for (_, result) in &ended[..2] {
+        assert_eq!(result.as_ref().expect_err("nobody is there").code(), ErrorCode::Unreachable);
+    }
+    // Its later steps are let go of at once; a new request of that name is tried.
+    outbox.put(batch(&from, "a", nobody, 1..2, (0, false, true))).expect("taken");
+    assert_eq!(collect(&outbox, 0, 1).0.len(), 0);
+    outbox.put(batch(&from, "b", nobody, 0..1, (1, true, true))).expect("taken");
+    assert!(collect(&outbox, 1, 1).0[0].1.is_err());
+}
+
+#[test]
+fn a_request_given_up_between_two_steps_leaves_nothing() {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let receiver = pool(&to, 8);
+    let outbox = outbox(&from, SOON);
+    let address = &to.addresses()[0];
+    outbox.put(batch(&from, "r", address, 0..2, (4, true, false))).expect("taken");
+    let deadline = Instant::now() + SOON;
+    while receiver.lookup(&key(1)) != Lookup::Present(PAGE) {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(outbox.abort(&id("r"), ErrorCode::Cancelled));
+    assert!(!outbox.abort(&id("unknown"), ErrorCode::Cancelled));
+    let (ended, _) = collect(&outbox, 1, 1);
+    assert_eq!(ended[0].1.as_ref().expect_err("given up").code(), ErrorCode::Cancelled);
+    outbox.put(batch(&from, "r", address, 2..4, (0, false, true))).expect("taken");
+    collect(&outbox, 0, 1);
+    while receiver.stats().free < 8 {
+        assert!(Instant::now() < deadline, "{:?}", receiver.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_new_request_of_the_same_name_replaces_one_that_was_left() {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let _pool = pool(&to, 8);
+    let outbox = outbox(&from, SOON);
+    let address = &to.addresses()[0];
+    outbox.put(batch(&from, "7", address, 0..2, (6, true, false))).expect("taken");
+    outbox.put(batch(&from, "7", address, 10..12, (2, true, true))).expect("taken");
+    let (ended, _) = collect(&outbox, 2, 2);
+    assert_eq!(ended[0].1.as_ref().expect_err("over").code(), ErrorCode::Cancelled);
+    assert_eq!(ended[1].1.as_ref().expect("delivered").written, 2);
+}
+
+#[test]
+fn closing_ends_everything_and_releases_it() {
+    let from = agent("p", "tcp://127.0.0.1:0");
+    let outbox = outbox(&from, SOON);
+    outbox.put(batch(&from, "r", "tcp://127.0.0.1:1", 0..2, (4, true, false))).expect("taken");
+    outbox.close(SOON).expect("closed");
+    let (ended, released) = collect(&outbox, 1, 1);
+    assert_eq!((ended[0].1.as_ref().expect_err("over").code(), released.len()), (ErrorCode::Closed, 1));
+    assert!(outbox.next_event(SOON).is_none(), "closed and empty: no waiting");
+    assert!(outbox.put(batch(&from, "s", "tcp://127.0.0.1:1", 0..1, (1, true, true))).is_err());
+}
+
+#[test]
+fn what_is_wrong_with_a_batch_is_said_at_once() {
+    let from = agent("p", "tcp://127.0.0.1:0");
+    let outbox = outbox(&from, SOON);
+    let nowhere = batch(&from, "r", "nowhere", 0..1, (1, true, true));
+    assert_eq!(outbox.put(nowhere).expect_err("refused").code(), ErrorCode::InvalidArgument);
+    let empty = batch(&from, "r", "tcp://127.0.0.1:1", 0..0, (1, true, false));
+    assert_eq!(outbox.put(empty).expect_err("refused").code(), ErrorCode::InvalidArgument);
+    outbox.put(batch(&from, "r", "tcp://127.0.0.1:1", 0..1, (2, true, false))).expect("taken");
+    let elsewhere = batch(&from, "r", "tcp://127.0.0.1:2", 1..2, (0, false, true));
+    assert_eq!(outbox.put(elsewhere).expect_err("refused").code(), ErrorCode::InvalidArgument);
+}

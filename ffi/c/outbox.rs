@@ -1,0 +1,281 @@
+//! The prefiller's whole side: requests in steps, to any number of receivers, with word to the proxy.
+
+use super::agent::kvxfer_agent_t;
+use super::args::{
+    Out, OutStruct, fixed, flag, invalid, list, optional_text, optional_timeout, read_struct, text, timeout,
+    versioned,
+};
+use super::handle::{borrow, into_raw, object, take};
+use super::panic::guard;
+use super::result::{KVXFER_OK, code, kvxfer_result_t, number};
+use super::sender::{kvxfer_chunk_source_t, kvxfer_sender_config_t, sender_config, source};
+use kvxfer_core::channel::{Batch, Outbox, OutboxConfig, OutboxEvent};
+use kvxfer_core::proto::wire::ChunkSpec;
+use kvxfer_core::{Agent, ChunkKey, Error, ErrorCode, RequestId, Result};
+use std::ffi::c_char;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Sends requests to receivers that it connects to by itself. Usable from any thread.
+pub struct kvxfer_outbox_t {
+    _opaque: [u8; 0],
+}
+
+/// Nothing reads the batch's bytes any more.
+pub const KVXFER_OUTBOX_RELEASED: u32 = 1;
+/// A request has ended.
+pub const KVXFER_OUTBOX_ENDED: u32 = 2;
+
+/// Settings of an outbox.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct kvxfer_outbox_config_t {
+    /// `sizeof(kvxfer_outbox_config_t)`.
+    pub struct_size: usize,
+    /// Pool, geometry, integrity and request time-out towards every receiver; needed.
+    pub sender: *const kvxfer_sender_config_t,
+    /// Notification socket of the proxy, `tcp://host:port`; NULL: nobody is told. One that is not kvxfer's hears
+    /// of successes only, in LMCache's words.
+    pub proxy: *const c_char,
+    /// How long a receiver that cannot be reached is waited for, milliseconds; 0: 10 seconds.
+    pub patience_ms: u64,
+}
+versioned! { kvxfer_outbox_config_t, 32; }
+
+/// Part of a request. Its bytes must stay as they are until the batch is released.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct kvxfer_batch_t {
+    /// `sizeof(kvxfer_batch_t)`.
+    pub struct_size: usize,
+    /// The request, as the proxy knows it.
+    pub request: *const c_char,
+    /// Where its chunks go, `tcp://host:port`.
+    pub receiver: *const c_char,
+    /// The chunks.
+    pub chunks: *const kvxfer_chunk_source_t,
+    /// Number of chunks; 0 is possible in the last batch.
+    pub count: usize,
+    /// Chunks of the whole request, in the first batch: pages for all of them are asked for at once. 0: only these.
+    pub total: u32,
+    /// 1 in the first batch of a request: an earlier request of that name is over.
+    pub first: u32,
+    /// 1 in the last batch.
+    pub last: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+versioned! { kvxfer_batch_t, 56; }
+
+/// What happened. Set `struct_size` before the call.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct kvxfer_outbox_event_t {
+    /// `sizeof(kvxfer_outbox_event_t)`, set by the caller.
+    pub struct_size: usize,
+    /// `KVXFER_OUTBOX_...`.
+    pub kind: u32,
+    /// Of a request: `KVXFER_OK` when every chunk is published, or why it failed.
+    pub result: kvxfer_result_t,
+    /// Of a release: number of the batch.
+    pub batch: u64,
+    /// Bytes that crossed; chunks that were there already do not.
+    pub bytes: u64,
+    /// Wait for admission, nanoseconds.
+    pub queued_ns: u64,
+    /// From admission to the end, nanoseconds.
+    pub moved_ns: u64,
+    /// From the first batch to the end, nanoseconds.
+    pub took_ns: u64,
+    /// From the last batch to the end, nanoseconds; 0 where the last one had not come.
+    pub after_last_ns: u64,
+    /// Chunks written.
+    pub written: u32,
+    /// Chunks that were there already.
+    pub present: u32,
+    /// `KVXFER_TRANSPORT_...`: what carried the bytes.
+    pub transport: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The request's id, NUL-terminated.
+    pub request: [c_char; 264],
+    /// A failure in words, NUL-terminated, cut when longer.
+    pub text: [c_char; 512],
+}
+versioned! { kvxfer_outbox_event_t, 856; }
+
+/// What an outbox's handle stands for.
+struct OutboxObject {
+    outbox: Outbox,
+    agent: Agent,
+}
+object!(OutboxObject, kvxfer_outbox_t, OUTBOX);
+
+fn outbox(outbox: *const kvxfer_outbox_t) -> Result<Arc<OutboxObject>> {
+    borrow("outbox", outbox)
+}
+
+/// Makes an outbox on an agent. Nothing is connected before the first batch. Free it with `kvxfer_outbox_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_new(
+    agent: *mut kvxfer_agent_t,
+    config: *const kvxfer_outbox_config_t,
+    outbox_out: *mut *mut kvxfer_outbox_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_new", || unsafe {
+        let agent = super::agent::agent(agent)?;
+        let out = Out::new("outbox_out", outbox_out)?;
+        let c = read_struct("config", config)?;
+        let config = OutboxConfig {
+            sender: sender_config("config.sender", c.sender)?,
+            patience: optional_timeout("config.patience_ms", c.patience_ms)?
+                .unwrap_or(Duration::from_secs(10)),
+            proxy: optional_text("config.proxy", c.proxy)?.map(str::to_owned),
+        };
+        let outbox = Outbox::new(&agent, config)?;
+        out.set(into_raw(OutboxObject { outbox, agent })?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Takes a batch; never waits for anything. `batch_out` gets its number, which its release will name. What is wrong
+/// with the batch itself is the answer, and then nothing was taken; what happens to its request is an event.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_put(
+    outbox: *mut kvxfer_outbox_t,
+    batch: *const kvxfer_batch_t,
+    batch_out: *mut u64,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_put", || unsafe {
+        let object = self::outbox(outbox)?;
+        let out = Out::new("batch_out", batch_out)?;
+        let b = read_struct("batch", batch)?;
+        if b.reserved != 0 {
+            return Err(invalid("batch.reserved", format!("is {}, must be 0", b.reserved)));
+        }
+        let chunks = list("batch.chunks", b.chunks, b.count)?
+            .iter()
+            .map(|c| {
+                let (source, len) = source(&object.agent, "chunks.region", c.region, c.runs, c.run_count)?;
+                Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, source))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let batch = Batch {
+            request: RequestId::new(text("batch.request", b.request)?)?,
+            receiver: text("batch.receiver", b.receiver)?.to_owned(),
+            first: flag("batch.first", b.first)?,
+            total: b.total,
+            last: flag("batch.last", b.last)?,
+            chunks,
+        };
+        out.set(object.outbox.put(batch)?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Gives a request up for the reason `why` (`KVXFER_CANCELLED`, usually); `KVXFER_NOT_FOUND` when none of that
+/// name is under way.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_abort(
+    outbox: *mut kvxfer_outbox_t,
+    request: *const c_char,
+    why: kvxfer_result_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_abort", || unsafe {
+        let object = self::outbox(outbox)?;
+        let request = RequestId::new(text("request", request)?)?;
+        let why = match code(why) {
+            ErrorCode::Ok => {
+                return Err(invalid("why", "is KVXFER_OK; state a reason, KVXFER_CANCELLED usually"));
+            }
+            why => why,
+        };
+        if object.outbox.abort(&request, why) {
+            Ok(KVXFER_OK)
+        } else {
+            Err(Error::NotFound { what: "request", name: request.to_string() })
+        }
+    })
+}
+
+/// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_next_event(
+    outbox: *mut kvxfer_outbox_t,
+    timeout_ms: u64,
+    event_out: *mut kvxfer_outbox_event_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_next_event", || unsafe {
+        let object = self::outbox(outbox)?;
+        let out = OutStruct::new("event_out", event_out)?;
+        let after = timeout("timeout_ms", timeout_ms)?;
+        let Some(event) = object.outbox.next_event(after) else {
+            return Err(Error::TimedOut { operation: "an event of the outbox".into(), after });
+        };
+        out.set(&event_of(&event));
+        Ok(KVXFER_OK)
+    })
+}
+
+fn event_of(event: &OutboxEvent) -> kvxfer_outbox_event_t {
+    let mut e = kvxfer_outbox_event_t {
+        struct_size: 0,
+        kind: KVXFER_OUTBOX_RELEASED,
+        result: KVXFER_OK,
+        batch: 0,
+        bytes: 0,
+        queued_ns: 0,
+        moved_ns: 0,
+        took_ns: 0,
+        after_last_ns: 0,
+        written: 0,
+        present: 0,
+        transport: 0,
+        reserved: 0,
+        request: fixed(""),
+        text: fixed(""),
+    };
+    match event {
+        OutboxEvent::Released { batch } => e.batch = *batch,
+        OutboxEvent::Ended { request, result, took, after_last } => {
+            e.kind = KVXFER_OUTBOX_ENDED;
+            e.request = fixed(request.as_str());
+            (e.took_ns, e.after_last_ns) = (took.as_nanos() as u64, after_last.as_nanos() as u64);
+            match result {
+                Ok(r) => {
+                    (e.bytes, e.written, e.present) = (r.bytes, r.written, r.present);
+                    (e.queued_ns, e.moved_ns) = (r.queued.as_nanos() as u64, r.moved.as_nanos() as u64);
+                    e.transport = r.transport as u32;
+                }
+                Err(failure) => {
+                    e.result = number(failure.code());
+                    e.text = fixed(&failure.to_string());
+                }
+            }
+        }
+    }
+    e
+}
+
+/// Gives everything up and waits until no batch's bytes are read any more and the proxy has been told, at most
+/// `timeout_ms`. Events that are left can still be taken.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_close(
+    outbox: *mut kvxfer_outbox_t,
+    timeout_ms: u64,
+) -> kvxfer_result_t {
+    guard("kvxfer_outbox_close", || {
+        self::outbox(outbox)?.outbox.close(timeout("timeout_ms", timeout_ms)?)?;
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Gives up what is under way and frees the handle. NULL is fine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_free(outbox: *mut kvxfer_outbox_t) -> kvxfer_result_t {
+    guard("kvxfer_outbox_free", || take::<OutboxObject>("outbox", outbox).map(|_| KVXFER_OK))
+}

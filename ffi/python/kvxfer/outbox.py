@@ -1,0 +1,146 @@
+"""The prefiller's whole side: requests in steps, to any number of receivers, with word to the proxy.
+
+    outbox = kvxfer.Outbox(agent, geometry, proxy="tcp://127.0.0.1:7500")
+    batch = outbox.put("request-1", "tcp://decoder:7300", [("key", region, [(0, 4096)])], first=True, last=True)
+    while (event := outbox.next_event(1.0)) is None or event.batch != batch:
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, milliseconds
+from kvxfer._native import ffi, lib
+from kvxfer.agent import Agent
+from kvxfer.channel import DeliveryReport, Geometry
+from kvxfer.errors import KvxferError, check, error
+from kvxfer.region import Region
+
+_TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items() if name}
+
+
+@dataclass(frozen=True)
+class Released:
+    """Nothing reads the batch's bytes any more."""
+
+    batch: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A request has ended: `report` says how it went, or `failure` why it did not."""
+
+    request: str
+    report: DeliveryReport | None
+    failure: KvxferError | None
+    took_seconds: float
+    """From its first batch to its end."""
+    after_last_seconds: float
+    """From its last batch to its end; 0 where that had not come."""
+
+
+class Outbox:
+    """Sends requests; connects to receivers by itself. Any thread. A context manager.
+
+    `request_timeout` counts from a request's first batch, `patience` is how long a receiver that cannot be reached is waited for.
+    A proxy that is not kvxfer's hears of successes only, in LMCache's words.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        geometry: Geometry,
+        *,
+        pool: str = "kv",
+        proxy: str | None = None,
+        request_timeout: float | None = None,
+        patience: float | None = None,
+        integrity: str | None = None,
+    ):
+        sender = ffi.new("kvxfer_sender_config_t *")
+        sender.struct_size = ffi.sizeof("kvxfer_sender_config_t")
+        name = ffi.new("char[]", c_text(pool))
+        shape, kept = geometry._c()
+        sender.pool, sender.geometry = name, shape
+        sender.request_timeout_ms = milliseconds("request_timeout", request_timeout)
+        sender.integrity = choice("integrity", INTEGRITY, integrity)
+        config = ffi.new("kvxfer_outbox_config_t *")
+        config.struct_size = ffi.sizeof("kvxfer_outbox_config_t")
+        config.sender = sender
+        where = ffi.NULL if proxy is None else ffi.new("char[]", c_text(proxy))
+        config.proxy = where
+        config.patience_ms = milliseconds("patience", patience)
+        self._handle = handle(
+            "kvxfer_outbox_t", lib.kvxfer_outbox_free, lib.kvxfer_outbox_new, agent._handle, config
+        )
+        self._agent = agent
+        del kept, where
+
+    def put(
+        self,
+        request: str,
+        receiver: str,
+        chunks: Iterable[tuple[str, Region, Iterable[tuple[int, int]]]],
+        *,
+        total: int = 0,
+        first: bool = False,
+        last: bool = False,
+    ) -> int:
+        """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
+        change until `Released` names it. `total` in the first batch is how many chunks the whole request will have."""
+        chunks = [(key, region, list(runs)) for key, region, runs in chunks]
+        sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(chunks)), []
+        for source, (key, region, runs) in zip(sources, chunks, strict=True):
+            text, packed = ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", runs)
+            kept += [text, packed]
+            source.key, source.region, source.runs, source.run_count = text, region._handle, packed, len(runs)
+        batch = ffi.new("kvxfer_batch_t *")
+        batch.struct_size = ffi.sizeof("kvxfer_batch_t")
+        name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
+        batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(chunks)
+        batch.total, batch.first, batch.last = total, first, last
+        number = ffi.new("uint64_t *")
+        check(lib.kvxfer_outbox_put(self._handle, batch, number))
+        return number[0]
+
+    def abort(self, request: str, why: int = lib.KVXFER_CANCELLED) -> bool:
+        """Gives a request up; False when none of that name is under way."""
+        code = lib.kvxfer_outbox_abort(self._handle, c_text(request), why)
+        if code == lib.KVXFER_NOT_FOUND:
+            return False
+        check(code)
+        return True
+
+    def next_event(self, timeout: float) -> Released | Ended | None:
+        """The next event; None when the time is over."""
+        event = ffi.new("kvxfer_outbox_event_t *")
+        event.struct_size = ffi.sizeof("kvxfer_outbox_event_t")
+        code = lib.kvxfer_outbox_next_event(self._handle, milliseconds("timeout", timeout), event)
+        if code == lib.KVXFER_TIMED_OUT:
+            return None
+        check(code)
+        if event.kind == lib.KVXFER_OUTBOX_RELEASED:
+            return Released(event.batch)
+        request, text = (ffi.string(field).decode("utf-8", "replace") for field in (event.request, event.text))
+        report, failure = None, None
+        if event.result == lib.KVXFER_OK:
+            transport = _TRANSPORT_NAMES.get(event.transport, "none")
+            queued, moved = event.queued_ns / 1e9, event.moved_ns / 1e9
+            report = DeliveryReport(event.bytes, queued, moved, event.written, event.present, transport)
+        else:
+            failure = error(event.result, text)
+        return Ended(request, report, failure, event.took_ns / 1e9, event.after_last_ns / 1e9)
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Gives everything up and waits until no bytes are read any more and the proxy has been told. Closing twice is fine."""
+        if self._handle is None:
+            return
+        check(lib.kvxfer_outbox_close(self._handle, milliseconds("timeout", timeout)))
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
