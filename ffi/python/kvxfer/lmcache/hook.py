@@ -18,6 +18,10 @@ import threading
 ADDITIONS = {
     # Module of LMCache: module and function of ours that changes it. The function is called once, with the module.
     "lmcache.v1.transfer_channel": "kvxfer.lmcache.hook:add_channel",
+    "lmcache.v1.storage_backend.pd_backend_async": "kvxfer.lmcache.hook:add_pd_backend",
+    "lmcache.v1.cache_engine": "kvxfer.lmcache.hook:add_to_store",
+    "lmcache.integration.vllm.vllm_v1_adapter": "kvxfer.lmcache.hook:add_to_adapter",
+    "lmcache.v1.memory_management": "kvxfer.lmcache.memory:add_allocation",
 }
 CHANNEL = "kvxfer"
 _FACTORY = "CreateTransferChannel"
@@ -68,6 +72,75 @@ def add_channel(package) -> None:
 
     create_transfer_channel.kvxfer = True
     replace(package, _FACTORY, create_transfer_channel)
+
+
+def takes_pd(config, metadata) -> bool:
+    """Whether the PD backend is ours: kvxfer is the channel, and nobody asks for one of LMCache's own by its mode."""
+    overrides = getattr(metadata, "kv_connector_extra_config", None) or {}
+    stated = "pd_backend_mode" in getattr(config, "_user_set_keys", ()) or "lmcache.pd_backend_mode" in overrides
+    return config.transfer_channel == CHANNEL and not stated
+
+
+def add_pd_backend(module) -> None:
+    """The default PD backend: LMCache makes one of this class where `pd_backend_mode` is not "sync"."""
+    original = module.PDBackendAsync
+
+    class PDBackendAsync(original):
+        def __new__(cls, config, metadata, *args, **kwargs):
+            if not takes_pd(config, metadata):
+                return super().__new__(cls)
+            from kvxfer.lmcache.pd import PdBackend
+
+            return PdBackend(config, metadata)
+
+    PDBackendAsync.__doc__ = original.__doc__
+    PDBackendAsync.__qualname__ = original.__qualname__
+    PDBackendAsync.__module__ = original.__module__
+    replace(module, "PDBackendAsync", PDBackendAsync)
+
+
+def _our_backend(engine):
+    """The PD backend of a cache engine, if it is ours."""
+    pd = sys.modules.get("kvxfer.lmcache.pd")
+    backend = getattr(getattr(engine, "storage_manager", None), "allocator_backend", None)
+    return backend if pd is not None and isinstance(backend, pd.PdBackend) else None
+
+
+def add_to_store(module) -> None:
+    """A store that goes nowhere is not begun (no pages, no copy); one that does is timed, so that what is logged is true."""
+    original = module.LMCacheEngine.store
+
+    @functools.wraps(original)
+    def store(self, *args, **kwargs):
+        backend = _our_backend(self)
+        if backend is None:
+            return original(self, *args, **kwargs)
+        request = kwargs.get("req_id")
+        spec = backend.spec_for(request, kwargs.get("transfer_spec"))
+        if spec is None:
+            return None
+        kwargs["transfer_spec"] = spec
+        with backend.storing(request, spec):
+            return original(self, *args, **kwargs)
+
+    module.LMCacheEngine.store = store
+
+
+def add_to_adapter(module) -> None:
+    """Requests that vLLM has finished or aborted: what they still hold on either side is given back."""
+    original = module.LMCacheConnectorV1Impl.get_finished
+
+    @functools.wraps(original)
+    def get_finished(self, finished_req_ids):
+        engine = self.lmcache_engine
+        backend = _our_backend(engine)
+        if backend is not None and finished_req_ids:
+            for request in finished_req_ids:
+                engine.lookup_unpin(request)
+            backend.vllm_finished(finished_req_ids)
+        return original(self, finished_req_ids)
+
+    module.LMCacheConnectorV1Impl.get_finished = get_finished
 
 
 class _Finder(importlib.abc.MetaPathFinder):
