@@ -1,6 +1,6 @@
 """The demonstration behind `make demo-vllm`: does a real engine's cache arrive, did kvxfer carry it, and how fast?
 
-    python demo.py [--sync | --async] [--keep] [--skip-bench] [--reps 5]
+    python demo.py [--own | --sync | --async] [--keep] [--skip-bench] [--reps 5]
 
 1. One prefiller, one decoder, `kvxfer proxy`. For each prompt: greedy tokens through the proxy must equal the decoder's own,
    and kvxfer's counters must show exactly the bytes of that prompt's cache. The same with LMCache's stock NIXL channel behind
@@ -33,7 +33,7 @@ CHUNK = 256
 # The tiny model: 4 layers, keys and values, 4 heads of 32, two bytes an element.
 CACHE_BYTES_PER_TOKEN = 4 * 2 * 4 * 32 * 2
 BAR = 2.0
-WROTE = re.compile(r"kvxfer: wrote (\d+) objects?, (\d+) bytes over (\S+) to")
+WROTE = re.compile(r"kvxfer: (?:wrote|request \S+ has arrived:) (\d+) (?:objects?|chunks), (\d+) bytes over (\w+)")
 PHASE = re.compile(r"(\w+);dur=([0-9.]+)")
 LOG_PATIENCE_S = 10
 
@@ -129,6 +129,7 @@ def dtype():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
+    which.add_argument("--own", dest="modes", action="store_const", const=["kvxfer"], help="only kvxfer's PD backend")
     which.add_argument("--sync", dest="modes", action="store_const", const=["sync"], help="only pd_backend_mode: sync")
     which.add_argument(
         "--async", dest="modes", action="store_const", const=["async"], help="only pd_backend_mode: async"
@@ -141,13 +142,13 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     failures = []
-    stacks = [("kvxfer", mode) for mode in options.modes or ["async", "sync"]]
-    if not options.keep:
-        stacks.append(("nixl", stacks[0][1]))
+    stacks = [("kvxfer", mode) for mode in options.modes or ["kvxfer", "async", "sync"]]
+    if not options.keep and not options.modes:
+        stacks.append(("nixl", "async"))
     for channel, mode in stacks:
         started = time.monotonic()
         print(
-            f'\n== vLLM + LMCache, transfer_channel: "{channel}", pd_backend_mode: {mode}: starting prefiller, decoder and proxy',
+            f'\n== vLLM + LMCache, transfer_channel: "{channel}", PD backend {mode}: starting prefiller, decoder and proxy',
             flush=True,
         )
         with Stack(mode, channel, dtype()) as stack:

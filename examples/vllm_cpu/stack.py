@@ -1,6 +1,9 @@
 """Starts and stops the real thing: two vLLM servers with LMCache and a proxy between them, on this machine's CPU.
 
-    python stack.py [--mode sync|async] [--channel kvxfer|nixl]      # runs until Ctrl-C, prints where to send requests
+    python stack.py [--mode kvxfer|sync|async] [--channel kvxfer|nixl]      # runs until Ctrl-C, prints where to send requests
+
+Mode `kvxfer` is kvxfer's PD backend, which a configuration gets that says nothing of `pd_backend_mode`; `sync` and `async` are
+LMCache's own, over whichever channel.
 
 As a context manager, `Stack` leaves nothing behind: every server and all it started end with the block, and also when this
 process is killed.
@@ -95,10 +98,17 @@ def kvxfer_command():
 
 
 class Stack:
-    """A prefiller, a decoder and a proxy. `proxy`, `prefiller` and `decoder` are base URLs once started."""
+    """A prefiller, a decoder and a proxy. `proxy`, `prefiller` and `decoder` are base URLs once started.
 
-    def __init__(self, mode="async", channel="kvxfer", dtype="bfloat16"):
+    `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role.
+    """
+
+    def __init__(
+        self, mode="kvxfer", channel="kvxfer", dtype="bfloat16", lmcache=None, vllm=(), environment=None, proxy=()
+    ):
         self.mode, self.channel, self.dtype = mode, channel, dtype
+        self.lmcache, self.vllm, self.environment = lmcache or {}, list(vllm), environment or {}
+        self.proxy_flags = list(proxy)
         self.home = home()
         self.logs = self.home / "logs"
         self.corrupt_marker = self.home / "run" / f"corrupt-{os.getpid()}"
@@ -131,23 +141,42 @@ class Stack:
             folder.mkdir(parents=True, exist_ok=True)
         prefiller, decoder, proxy, init, alloc, notify = free_ports(6)
         self.prefiller, self.decoder, self.proxy = (f"http://127.0.0.1:{p}" for p in (prefiller, decoder, proxy))
-        prefill_core, decode_core = cores()
-        self._serve("prefiller", prefiller, prefill_core, {"pd_proxy_port": notify})
-        self._serve("decoder", decoder, decode_core, {"pd_peer_init_port": init, "pd_peer_alloc_port": alloc})
+        self._roles = {
+            "prefiller": (prefiller, cores()[0], {"pd_proxy_port": notify}),
+            "decoder": (decoder, cores()[1], {"pd_peer_init_port": init, "pd_peer_alloc_port": alloc}),
+        }
+        for role in self._roles:
+            self.servers.append(self._serve(role))
         command = [kvxfer_command(), "proxy", "--host", "127.0.0.1", "--port", proxy]
         command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", prefiller]
         command += ["--decoder-host", "127.0.0.1", "--decoder-port", decoder]
         command += ["--decoder-init-port", init, "--decoder-alloc-port", alloc]
-        command += ["--proxy-host", "127.0.0.1", "--proxy-port", notify]
+        command += ["--proxy-host", "127.0.0.1", "--proxy-port", notify, *self.proxy_flags]
         self.servers.append(Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy")))
         deadline = time.monotonic() + START_TIMEOUT_S
         for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=True):
             server.wait_healthy(url, deadline)
 
-    def _serve(self, role, port, core, ports):
+    def kill(self, role):
+        """SIGKILL for a server and all it started."""
+        index = list(self._roles).index(role)
+        os.killpg(self.servers[index].keeper.pid, signal.SIGKILL)
+        self.servers[index].keeper.wait()
+
+    def restart(self, role):
+        """Starts it again where it was, and waits for it."""
+        index = list(self._roles).index(role)
+        self.servers[index] = self._serve(role)
+        url = {"prefiller": self.prefiller, "decoder": self.decoder}[role]
+        self.servers[index].wait_healthy(url, time.monotonic() + START_TIMEOUT_S)
+
+    def _serve(self, role):
         """Starts `vllm serve` with LMCache configured by ROLE.yaml of this folder, its ports replaced by free ones."""
+        port, core, ports = self._roles[role]
         config = yaml.safe_load((HERE / f"{role}.yaml").read_text())
-        config |= ports | {"transfer_channel": self.channel, "pd_backend_mode": self.mode}
+        config |= ports | {"transfer_channel": self.channel} | self.lmcache
+        if self.mode != "kvxfer":
+            config["pd_backend_mode"] = self.mode
         if self.channel == "nixl":
             config["nixl_backends"] = ["UCX"]
         config_file = self.home / "run" / f"{role}-{os.getpid()}.yaml"
@@ -177,6 +206,7 @@ class Stack:
             4,
             "--enforce-eager",
             "--no-enable-prefix-caching",
+            *self.vllm,
         ]
         command += ["--kv-transfer-config", json.dumps(connector)]
         environment = os.environ | {
@@ -196,12 +226,13 @@ class Stack:
             "KVXFER_DEMO_CORRUPT": str(self.corrupt_marker),
         }
         environment.setdefault("UCX_NET_DEVICES", "lo")
-        self.servers.append(Server(role, [str(a) for a in command], environment, self.log(role)))
+        environment |= self.environment.get(role, {})
+        return Server(role, [str(a) for a in command], environment, self.log(role))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=["sync", "async"], default="async", help="LMCache's pd_backend_mode")
+    parser.add_argument("--mode", choices=["kvxfer", "sync", "async"], default="kvxfer", help="whose PD backend")
     parser.add_argument("--channel", choices=["kvxfer", "nixl"], default="kvxfer", help="LMCache's transfer_channel")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -27,6 +27,15 @@ def tensor_over(address: int, length: int) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)
 
 
+def valid_bytes(memory_object: MemoryObj) -> int:
+    """Bytes of the object that mean something; they are a prefix of its page.
+
+    `get_size()` is what a caller has narrowed the object to, but for a partial chunk on a reused page it still tells the whole
+    page; the metadata's own size knows better.
+    """
+    return min(memory_object.get_size(), memory_object.meta.get_size())
+
+
 class Staging(PagedCpuGpuMemoryAllocator):
     """LMCache's paged allocator over a buffer of kvxfer, which can wait for a page, and tells when waiting is of no use."""
 
@@ -53,6 +62,11 @@ class Staging(PagedCpuGpuMemoryAllocator):
                 if left <= 0 or not may_come():
                     return None
                 self._freed.wait(left)
+
+    def close(self) -> None:
+        """The buffer is kvxfer's and goes with its region; objects that are not in use must not come back to it."""
+        for page in self.cpu_allocator.free_blocks:
+            page.invalidate()
 
     def page_freed(self) -> None:
         """Wakes who waits for a page, or for the news that none will come."""

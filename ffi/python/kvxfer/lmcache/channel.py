@@ -37,6 +37,7 @@ from kvxfer import errors
 from kvxfer._native import lib
 from kvxfer.agent import Agent, Peer, RemoteRegion
 from kvxfer.errors import Closed, KvxferError, Mismatch, OutOfRange, PeerGone, Unreachable
+from kvxfer.lmcache.buffer import valid_bytes
 from kvxfer.transfer import Transfer, TransferReport
 
 __all__ = ["KvxferChannel"]
@@ -280,7 +281,7 @@ class KvxferChannel(BaseTransferChannel):
         for memory_object, here, there in zip(
             objects, self.get_local_mem_indices(objects), remote_indexes, strict=True
         ):
-            length = _valid_bytes(memory_object)
+            length = valid_bytes(memory_object)
             if length > self._page:
                 raise errors.TooLarge(
                     f"a memory object of {length} bytes does not fit a page of {self._page}", lib.KVXFER_TOO_LARGE
@@ -386,15 +387,6 @@ class KvxferChannel(BaseTransferChannel):
                 region.close()
             except KvxferError as e:
                 logger.warning("kvxfer: %s", e)
-
-
-def _valid_bytes(memory_object) -> int:
-    """Bytes of the object that mean something; they are a prefix of its page.
-
-    `get_size()` is what a caller has narrowed the object to, but for a partial chunk on a reused page it still tells the whole
-    page; the metadata's own size knows better.
-    """
-    return min(memory_object.get_size(), memory_object.meta.get_size())
 
 
 async def _come_to_rest(transfer: Transfer) -> None:

@@ -30,7 +30,7 @@ from kvxfer.agent import Agent
 from kvxfer.channel import Chunk, Receiver
 from kvxfer.errors import KvxferError, NoCapacity
 from kvxfer.lmcache import settings
-from kvxfer.lmcache.buffer import ReceivedChunks, Staging, tensor_over
+from kvxfer.lmcache.buffer import ReceivedChunks, Staging, tensor_over, valid_bytes
 from kvxfer.lmcache.metrics import PdMetrics
 from kvxfer.outbox import Ended, Outbox, Released
 
@@ -328,7 +328,7 @@ class _Prefiller:
         name, last = str(spec.req_id), bool(spec.is_last_prefill)
         page = c.geometry.page_bytes
         chunks = [
-            (key.to_string(), self._region, [(m.meta.address * page, m.get_size())])
+            (key.to_string(), self._region, [(m.meta.address * page, valid_bytes(m))])
             for key, m in zip(keys, memory_objs, strict=True)
         ]
         began = getattr(self._local, "began", None)
@@ -467,6 +467,7 @@ class _Prefiller:
         self.allocator.page_freed()
         self._outbox.close(timeout)
         self.work(0)
+        self.allocator.close()
 
 
 class _Decoder:

@@ -82,7 +82,7 @@ def read(config: Any, metadata: Any) -> PdConfig:
         raise ValueError(f"pd_buffer_device: {device!r}; kvxfer's PD backend keeps its buffer in host memory: set it to 'cpu'")
     pd, agent = _extra(config)
 
-    shape = tuple(int(n) for n in metadata.get_shapes()[0])
+    shape = tuple(int(n) for n in metadata.get_shapes(config.chunk_size)[0])
     dtype = metadata.get_dtypes()[0]
     page = dtype.itemsize
     for n in shape:

@@ -1,6 +1,7 @@
 """The other process of the channel tests: real LMCache memory with a kvxfer channel on it, or a whole PD backend."""
 
 import asyncio
+import socket
 import threading
 
 import torch
@@ -67,7 +68,7 @@ def fill(memory_object, seed, tokens=CHUNK):
 
 def serve(pipe, what, arguments):
     try:
-        {"channel": _serve_channel, "backend": _serve_backend}[what](pipe, *arguments)
+        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd}[what](pipe, *arguments)
     except Exception as e:
         pipe.send(e)
 
@@ -101,6 +102,62 @@ def _serve_channel(pipe, url, peer_lookup_url):
             spec = {"receiver_id": receiver, "remote_indexes": [page]}
             writing = asyncio.run_coroutine_threadsafe(ours.async_batched_write([memory_object], spec), loop)
             pipe.send(writing.result(20))
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def pd_backend(role, metadata=None, pd=None, **changes):
+    """kvxfer's PD backend, made where LMCache makes its default one."""
+    from kvxfer.lmcache import register
+
+    register()
+    from lmcache.v1.config import LMCacheEngineConfig
+    from lmcache.v1.storage_backend.pd_backend_async import PDBackendAsync
+
+    stated = dict(chunk_size=CHUNK, local_cpu=False, save_unfull_chunk=True, enable_pd=True, transfer_channel="kvxfer")
+    stated |= dict(pd_role=role, pd_buffer_size=PAGES * PAGE_BYTES, pd_buffer_device="cpu")
+    if pd is not None:
+        stated["extra_config"] = {"kvxfer": {"pd": pd}}
+    config = LMCacheEngineConfig.from_defaults(**(stated | changes))
+    about = globals()["metadata"]()
+    for name, value in (metadata or {}).items():
+        setattr(about, name, value)
+    return PDBackendAsync(config, about)
+
+
+def _serve_pd(pipe, init, changes):
+    ours = pd_backend("receiver", pd_peer_host="127.0.0.1", pd_peer_init_port=[init], **changes)
+    pipe.send("up")
+    while True:
+        command, *arguments = pipe.recv()
+        if command == "stop":
+            ours.close()
+            return
+        if command == "stats":
+            pipe.send(ours.pool_stats)
+        elif command == "contains":
+            pipe.send(ours.batched_contains([key(n) for n in arguments[0]]))
+        elif command == "unpin":
+            pipe.send(ours.unpin(key(arguments[0])))
+        elif command == "take":
+            seed, tokens = arguments
+            received = ours.get_blocking(key(seed))
+            if received is None:
+                pipe.send(None)
+                continue
+            wanted = content(seed, tokens)
+            same = torch.equal(received.tensor.view(torch.int16).view(wanted.shape), wanted)
+            ours.remove(key(seed))
+            pipe.send(same)
 
 
 def metadata():
