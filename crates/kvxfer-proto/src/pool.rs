@@ -13,6 +13,9 @@
 //! way is a cached one: it stays for later requests with the same prefix until admission needs its page, least recently used
 //! first.
 //!
+//! *Leftovers.* A consumer that has given one chunk of a request back is about to give back all it needed of it, or has done so
+//! already. What nobody has acquired of that request [`LEFTOVER`] later is not waited for any longer.
+//!
 //! *Spares.* A request that names a chunk another one is writing is given a page for it all the same and keeps it until that
 //! write is decided. If the write fails the page is there, without waiting for anybody: so no request that holds pages ever
 //! waits for pages (Contract lines 4 and 6). For the same reason a request that cannot name all its chunks yet is given pages
@@ -22,6 +25,9 @@ use crate::wire::ChunkSpec;
 use crate::{ChunkKey, Generation, PageIndex, Time};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
+
+/// How long the rest of a request is kept whose consumer has given a part of it back.
+pub const LEFTOVER: Duration = Duration::from_secs(5);
 
 /// A reservation at this receiver; numbered by the receiver machine, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -134,6 +140,8 @@ struct Published {
     awaited: i64,
     expires: Time,
     last_use: u64,
+    /// The requests that announced it, oldest first, of which nothing has been given back yet.
+    groups: VecDeque<Owner>,
 }
 
 enum Entry {
@@ -150,6 +158,8 @@ pub struct Pool {
     cached: BTreeSet<(u64, PageIndex)>,
     /// Chunks whose consumer has not come, by the end of their retention.
     awaited: BTreeSet<(Time, PageIndex)>,
+    /// Chunks of the requests of which nothing has been given back yet.
+    groups: HashMap<Owner, Vec<Hold>>,
     uses: u64,
     counts: Counts,
     retention: Duration,
@@ -165,6 +175,7 @@ impl Pool {
             index: HashMap::new(),
             cached: BTreeSet::new(),
             awaited: BTreeSet::new(),
+            groups: HashMap::new(),
             uses: 0,
             counts: Counts { free: pages, ..Counts::default() },
             retention,
@@ -335,6 +346,7 @@ impl Pool {
             awaited: 0,
             expires: Time::NEVER,
             last_use: self.uses,
+            groups: VecDeque::new(),
         };
         self.set(hold.page, State::Published(published));
         Some(waiters)
@@ -408,6 +420,22 @@ impl Pool {
         });
     }
 
+    /// The chunks of a request that has succeeded, each settled: one consumer will come for them.
+    pub fn announce(&mut self, request: Owner, chunks: Vec<Hold>) {
+        // A consumer may have been faster than its announcement: what has gone already is nobody's any more.
+        let here = |h: &Hold| {
+            let page = &self.pages[h.page.0 as usize];
+            page.generation == h.generation && matches!(&page.state, State::Published(p) if p.key.is_some())
+        };
+        let chunks: Vec<Hold> = chunks.into_iter().filter(here).collect();
+        for &hold in &chunks {
+            self.change(hold, |p| p.groups.push_back(request));
+        }
+        if !chunks.is_empty() {
+            self.groups.insert(request, chunks);
+        }
+    }
+
     // ---- consumers ----
 
     /// Pins a published chunk: its page keeps its bytes until as many [`Pool::unpin`]s.
@@ -431,13 +459,25 @@ impl Pool {
     }
 
     /// Gives one consumer's claim back. False when no such chunk is published.
-    pub fn remove(&mut self, key: &ChunkKey) -> bool {
+    pub fn remove(&mut self, now: Time, key: &ChunkKey) -> bool {
         let Some(Entry::Published(page)) = self.index.get(key) else { return false };
         let hold = Hold { page: *page, generation: self.pages[page.0 as usize].generation };
+        let mut group = None;
         self.change(hold, |p| {
             p.claims -= 1;
             p.awaited = p.awaited.min(p.claims.max(0));
+            group = p.groups.pop_front();
         });
+        let rest = group.and_then(|g| self.groups.remove(&g)).unwrap_or_default();
+        for hold in rest {
+            self.change(hold, |p| {
+                p.groups.retain(|g| Some(*g) != group);
+                // Another request may have announced it to a consumer of its own.
+                if p.awaited <= 1 {
+                    p.expires = p.expires.min(now + LEFTOVER);
+                }
+            });
+        }
         true
     }
 
@@ -448,6 +488,18 @@ impl Pool {
                 break;
             }
             self.drop_chunk(page);
+        }
+    }
+
+    /// A chunk has left: it is no longer part of what these requests announced.
+    fn ungroup(&mut self, groups: VecDeque<Owner>, page: PageIndex) {
+        for group in groups {
+            if let Some(chunks) = self.groups.get_mut(&group) {
+                chunks.retain(|c| c.page != page);
+                if chunks.is_empty() {
+                    self.groups.remove(&group);
+                }
+            }
         }
     }
 
@@ -506,15 +558,18 @@ impl Pool {
         p.claims = p.claims.max(-p.active);
         p.awaited = p.awaited.max(-p.active);
         self.counts.pinned = self.counts.pinned + u32::from(p.pins > 0) - u32::from(pinned);
+        let mut left = VecDeque::new();
         if p.active + p.claims <= 0
             && let Some(key) = p.key.take()
         {
+            left = std::mem::take(&mut p.groups);
             self.index.remove(&key);
         }
         if p.key.is_none() {
             if p.pins == 0 {
                 self.set_free(hold.page);
             }
+            self.ungroup(left, hold.page);
         } else if p.pins == 0 && p.active == 0 {
             if p.awaited > 0 {
                 self.awaited.insert((p.expires, hold.page));
@@ -578,6 +633,12 @@ impl Pool {
         let listed = self.index.values().filter(|e| matches!(e, Entry::Published(_))).count();
         let indexed =
             self.pages.iter().filter(|p| matches!(&p.state, State::Published(p) if p.key.is_some())).count();
+        for (group, chunks) in &self.groups {
+            let member = |h: &Hold| self.published(h.page).is_some_and(|p| p.groups.contains(group));
+            if chunks.is_empty() || !chunks.iter().all(member) {
+                return Err(format!("{group:?} is remembered for chunks that have gone: {chunks:?}"));
+            }
+        }
         if listed != indexed || counts != self.counts {
             return Err(format!(
                 "{listed} keys for {indexed} chunks; counted {counts:?}, kept {:?}",

@@ -99,13 +99,13 @@ fn a_shared_chunk_is_kept_for_every_announced_consumer() {
     let mut p = pool(2);
     publish(&mut p, 1, 5, Time(0));
     let b = hold(admit(&mut p, 2, [5]).expect("present")[0]);
-    assert!(p.remove(&key(5)), "the first consumer is done");
+    assert!(p.remove(Time(0), &key(5)), "the first consumer is done");
     assert_eq!(p.known(&key(5)), Known::Published(100), "the second request counts on it");
     p.settle(b, true, Time(0));
     assert_eq!(p.known(&key(5)), Known::Published(100));
-    assert!(p.remove(&key(5)));
+    assert!(p.remove(Time(0), &key(5)));
     assert_eq!((p.known(&key(5)), p.counts().free), (Known::Absent, 2));
-    assert!(!p.remove(&key(5)));
+    assert!(!p.remove(Time(0), &key(5)));
     p.check().expect("consistent");
 }
 
@@ -115,7 +115,7 @@ fn a_consumer_may_be_faster_than_the_end_of_the_request() {
     let h = hold(admit(&mut p, 1, [5]).expect("room")[0]);
     p.publish(Owner(1), &key(5), h);
     let (pinned, _) = p.pin(&key(5)).expect("visible");
-    assert!(p.remove(&key(5)));
+    assert!(p.remove(Time(0), &key(5)));
     assert_eq!(p.known(&key(5)), Known::Absent, "removed means removed");
     p.check().expect("consistent");
     p.unpin(pinned);
@@ -131,7 +131,7 @@ fn a_pinned_page_outlives_its_removal() {
     publish(&mut p, 1, 1, Time(0));
     let (h, len) = p.pin(&key(1)).expect("published");
     assert_eq!((len, p.counts().pinned), (100, 1));
-    assert!(p.remove(&key(1)));
+    assert!(p.remove(Time(0), &key(1)));
     assert_eq!(admit(&mut p, 2, [2]), None, "the page is not free yet");
     p.unpin(h);
     p.unpin(h);
@@ -184,4 +184,39 @@ fn the_same_key_with_another_length_is_refused() {
     let other = vec![ChunkSpec { key: key(2), len: 99 }];
     assert!(p.admit(Owner(2), &other, 0).is_err());
     p.check().expect("consistent");
+}
+
+#[test]
+fn what_a_consumer_leaves_of_a_request_is_not_waited_for() {
+    let mut p = pool(8);
+    // Three requests of one chunk each, announced as one; the last chunk is announced to another consumer too.
+    let holds: Vec<Hold> = (0..4).map(|n| publish(&mut p, u64::from(n), n, Time(0))).collect();
+    p.announce(Owner(10), holds.clone());
+    let shared = admit(&mut p, 11, [3]).expect("present");
+    p.settle(hold(shared[0]), true, Time(0));
+    p.announce(Owner(11), vec![holds[3]]);
+    let later = Time(0) + Duration::from_secs(1);
+    assert!(p.pin(&key(0)).is_some());
+    assert!(p.remove(later, &key(0)));
+    p.unpin(holds[0]);
+    p.check().expect("consistent");
+    p.expire(later + LEFTOVER);
+    assert_eq!(p.known(&key(0)), Known::Absent);
+    assert_eq!((p.known(&key(1)), p.known(&key(2))), (Known::Absent, Known::Absent), "left over");
+    assert_eq!(p.known(&key(3)), Known::Published(100), "somebody else comes for it");
+    p.expire(Time(0) + RETENTION);
+    assert_eq!(p.counts().free, 8);
+    assert!(p.groups.is_empty(), "nothing is remembered of what has gone");
+    p.check().expect("consistent");
+}
+
+#[test]
+fn a_request_of_which_nothing_was_taken_keeps_its_retention() {
+    let mut p = pool(8);
+    let holds: Vec<Hold> = (0..2).map(|n| publish(&mut p, u64::from(n), n, Time(0))).collect();
+    p.announce(Owner(10), holds);
+    p.expire(Time(0) + LEFTOVER);
+    assert_eq!(p.known(&key(1)), Known::Published(100));
+    p.expire(Time(0) + RETENTION);
+    assert!(p.groups.is_empty(), "nothing is remembered of what has gone");
 }

@@ -321,7 +321,7 @@ impl Receiver {
     }
     /// Gives a consumer's claim on a chunk back; see [`Pool`].
     pub fn remove(&mut self, now: Time, key: &ChunkKey) -> bool {
-        let known = self.pool.remove(key);
+        let known = self.pool.remove(now, key);
         self.run_queue(now);
         known
     }

@@ -241,11 +241,14 @@ impl Receiver {
         }
         let Some(r) = self.forget(owner) else { return };
         self.active -= 1;
+        let mut announced = Vec::with_capacity(r.chunks.len());
         for state in &r.chunks {
             if let ChunkState::Present(hold) | ChunkState::Done(hold) = *state {
                 self.pool.settle(hold, true, now);
+                announced.push(hold);
             }
         }
+        self.pool.announce(owner, announced);
         r.send(&mut self.outputs, Message::Ready { channel: r.channel, serial: r.serial });
         let bytes = r.specs.iter().map(|s| s.len).sum();
         let took = now.since(r.declared);
