@@ -1068,6 +1068,10 @@ kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
 // name is under way.
 kvxfer_result_t kvxfer_outbox_abort(struct kvxfer_outbox_t *outbox, const char *request, kvxfer_result_t why);
 
+// Gives up the youngest request that its receiver has not admitted yet, to have the memory of its batches back:
+// for an engine that has none left for the next step of another one. `KVXFER_NOT_FOUND` when all are admitted.
+kvxfer_result_t kvxfer_outbox_shed(struct kvxfer_outbox_t *outbox);
+
 // Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
 kvxfer_result_t kvxfer_outbox_next_event(struct kvxfer_outbox_t *outbox,
                                          uint64_t timeout_ms,
@@ -1091,6 +1095,15 @@ kvxfer_result_t kvxfer_memory_base(const struct kvxfer_memory_t *memory, void **
 
 // Frees the handle; regions and pools over the memory keep it until they are gone. NULL is fine.
 kvxfer_result_t kvxfer_memory_free(struct kvxfer_memory_t *memory);
+
+// Translates an LMCache configuration file, YAML text, into today's words: a JSON object with `config` (keys and
+// values), `notices` (what became of a key: `key`, `today`, `text`), `problems` (`keys`, `text`, `contradiction`) and
+// `changed`. A text that is no such file is `KVXFER_INVALID_ARGUMENT`; two lines that contradict each other are
+// `KVXFER_MISMATCH`, and the error's text names both. The buffer is used as in `kvxfer_agent_name`.
+kvxfer_result_t kvxfer_lmcache_config_translate(const char *yaml,
+                                                char *buffer,
+                                                size_t capacity,
+                                                size_t *length_out);
 
 // Installs the callback for messages up to `max_level` (`KVXFER_LOG_...`). Once per process: a second call
 // answers `KVXFER_BUSY`. The callback and what `context` points at must stay for the rest of the process.

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -226,6 +227,11 @@ class Stack:
             "KVXFER_DEMO_CORRUPT": str(self.corrupt_marker),
         }
         environment.setdefault("UCX_NET_DEVICES", "lo")
+        # What worker processes count shows at the server's /metrics only with a folder of its own.
+        metrics = self.home / "run" / f"metrics-{role}-{os.getpid()}"
+        shutil.rmtree(metrics, ignore_errors=True)
+        metrics.mkdir(parents=True)
+        environment["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         environment |= self.environment.get(role, {})
         return Server(role, [str(a) for a in command], environment, self.log(role))
 

@@ -201,6 +201,16 @@ pub unsafe extern "C" fn kvxfer_outbox_abort(
     })
 }
 
+/// Gives up the youngest request that its receiver has not admitted yet, to have the memory of its batches back:
+/// for an engine that has none left for the next step of another one. `KVXFER_NOT_FOUND` when all are admitted.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_shed(outbox: *mut kvxfer_outbox_t) -> kvxfer_result_t {
+    guard("kvxfer_outbox_shed", || match self::outbox(outbox)?.outbox.shed() {
+        Some(_) => Ok(KVXFER_OK),
+        None => Err(Error::NotFound { what: "request", name: "that waits for admission".into() }),
+    })
+}
+
 /// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_outbox_next_event(

@@ -176,10 +176,27 @@ pub(crate) struct DoctorArgs {
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum ConfigCommand {
-    /// Read a YAML or JSON file of agent settings and say what is wrong with it.
+    /// Say what a configuration file comes to: LMCache's (also with the older `nixl_*` keys), or one of agent settings.
+    #[command(after_help = "\
+Examples:
+  kvxfer config check lmcache-prefiller-config.yaml            what became of each key, and what would not work
+  kvxfer config check old.yaml --migrate --output new.yaml     the same file in today's words
+  kvxfer config check agent.yaml                               settings of an agent
+
+With kvxfer installed LMCache reads older files as they are; migrating is for those who read them.
+Exit codes: 0 fine · 1 something in it will not work · 2 wrong usage")]
     Check {
-        /// The file; JSON by its extension, YAML otherwise.
+        /// The file, `-` for standard input; JSON by its extension, YAML otherwise.
         file: PathBuf,
+        /// Print LMCache's file in today's words instead.
+        #[arg(long)]
+        migrate: bool,
+        /// Where the migrated file goes, instead of standard output. An existing file is not overwritten.
+        #[arg(long, value_name = "FILE", requires = "migrate")]
+        output: Option<PathBuf>,
+        /// Print one JSON object instead of text.
+        #[arg(long, conflicts_with = "migrate")]
+        json: bool,
     },
     /// Print every setting with its default, as YAML.
     Default,

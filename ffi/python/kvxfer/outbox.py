@@ -113,6 +113,14 @@ class Outbox:
         check(code)
         return True
 
+    def shed(self) -> bool:
+        """Gives up the youngest request that has not been admitted, to have the memory of its batches back; False when all are."""
+        code = lib.kvxfer_outbox_shed(self._handle)
+        if code == lib.KVXFER_NOT_FOUND:
+            return False
+        check(code)
+        return True
+
     def next_event(self, timeout: float) -> Released | Ended | None:
         """The next event; None when the time is over."""
         event = ffi.new("kvxfer_outbox_event_t *")

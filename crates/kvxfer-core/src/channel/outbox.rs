@@ -9,8 +9,11 @@
 //! connects, so neither a slow receiver nor a dead one holds up the engine or another receiver. All of a request's pages are asked
 //! for with its first batch (`total`); later batches name further chunks. A batch is released when nothing reads its bytes any more,
 //! however its request ends. Every request ends, by its deadline at the latest, and its end goes to the proxy, good or bad.
+//!
+//! Memory for batches is the engine's, and it is short: a request that waits for pages at its receiver keeps memory that the next
+//! step of an admitted one may need, while the pages it waits for are that one's. [`Outbox::shed`] breaks such a circle.
 
-use super::sender::{ChunkSource, DeliveryReport, Reservation, Sender, SenderConfig};
+use super::sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};
 use crate::notify::Notifier;
 use crate::{Agent, Error, Result};
 use crossbeam::channel as queue;
@@ -121,6 +124,8 @@ struct Work {
     /// Batches that wait for the connection.
     waiting: VecDeque<Part>,
     reservation: Option<Reservation>,
+    /// What is left of the reservation once the last batch has been handed over.
+    delivery: Option<Delivery>,
 }
 
 #[derive(Default)]
@@ -227,6 +232,17 @@ impl Outbox {
         true
     }
 
+    /// Gives up the youngest request that has not been admitted, to have the memory of its batches back; `None` when all are. For
+    /// an engine that has no memory left for the next step of another one.
+    pub fn shed(&self) -> Option<RequestId> {
+        let requests: Vec<_> = self.shared.state.lock().requests.values().cloned().collect();
+        let waits = |r: &&Arc<Request>| !r.end.lock().ended && r.is_waiting();
+        let youngest = requests.iter().filter(waits).max_by_key(|r| r.started)?;
+        let text = "gave way: it waited for pages at its receiver while others needed its memory; enlarge the buffers";
+        self.shared.abort(youngest, &Error::failed(ErrorCode::NoCapacity, text));
+        Some(youngest.id.clone())
+    }
+
     /// The next event; `None` when the time is over, or the outbox is closed and nothing is left.
     pub fn next_event(&self, timeout: Duration) -> Option<OutboxEvent> {
         let deadline = Instant::now() + timeout;
@@ -290,6 +306,17 @@ impl Drop for Outbox {
 impl std::fmt::Debug for Outbox {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Outbox").field("active", &self.active()).finish_non_exhaustive()
+    }
+}
+
+impl Request {
+    /// True when it is not admitted. Who is being handed over just now is about to be decided, and does not count.
+    fn is_waiting(&self) -> bool {
+        self.work.try_lock().is_some_and(|w| match (&w.reservation, &w.delivery) {
+            (Some(reservation), _) => !reservation.is_admitted(),
+            (None, Some(delivery)) => !delivery.is_admitted(),
+            (None, None) => true,
+        })
     }
 }
 
@@ -445,8 +472,7 @@ impl Shared {
             }
             work.waiting.pop_front();
             if last && let Some(reservation) = work.reservation.take() {
-                // Its end is told by what was hung on it.
-                drop(reservation.finish());
+                work.delivery = Some(reservation.finish());
             }
         };
         drop(work);
@@ -495,12 +521,15 @@ impl Shared {
     fn abort(&self, request: &Request, why: &Error) {
         self.ended(request, Err(why.clone()));
         // Somebody who is handing over sees that it has ended.
-        let (waiting, reservation) = {
+        let (waiting, reservation, delivery) = {
             let mut work = request.work.lock();
-            (std::mem::take(&mut work.waiting), work.reservation.take())
+            (std::mem::take(&mut work.waiting), work.reservation.take(), work.delivery.take())
         };
         if let Some(reservation) = reservation {
             reservation.abort(why.code());
+        }
+        if let Some(delivery) = delivery {
+            delivery.abort(why.code());
         }
         drop(waiting);
     }

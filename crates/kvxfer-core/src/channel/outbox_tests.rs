@@ -173,6 +173,28 @@ fn a_new_request_of_the_same_name_replaces_one_that_was_left() {
 }
 
 #[test]
+fn memory_comes_back_from_the_youngest_that_waits() {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let _pool = pool(&to, 4);
+    let outbox = outbox(&from, SOON);
+    let address = &to.addresses()[0];
+    // The first is admitted and in the middle of its prefill; two others wait for its pages.
+    outbox.put(batch(&from, "a", address, 0..1, (4, true, false))).expect("taken");
+    assert!(matches!(outbox.next_event(SOON), Some(OutboxEvent::Released { .. })), "written");
+    let b = outbox.put(batch(&from, "b", address, 10..12, (4, true, false))).expect("taken");
+    std::thread::sleep(Duration::from_millis(2));
+    let c = outbox.put(batch(&from, "c", address, 20..22, (2, true, true))).expect("taken");
+    assert_eq!(outbox.shed(), Some(id("c")), "the youngest");
+    assert_eq!(outbox.shed(), Some(id("b")));
+    assert_eq!(outbox.shed(), None, "a is admitted");
+    let (ended, released) = collect(&outbox, 2, 2);
+    assert!(ended.iter().all(|(_, r)| r.as_ref().expect_err("gave way").code() == ErrorCode::NoCapacity));
+    assert_eq!(released, [b, c]);
+    outbox.put(batch(&from, "a", address, 1..4, (0, false, true))).expect("taken");
+    assert_eq!(collect(&outbox, 1, 1).0[0].1.as_ref().expect("delivered").written, 4);
+}
+
+#[test]
 fn closing_ends_everything_and_releases_it() {
     let from = agent("p", "tcp://127.0.0.1:0");
     let outbox = outbox(&from, SOON);

@@ -269,6 +269,10 @@ impl Delivery {
     pub fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {
         self.ticket.wait(timeout)
     }
+    /// True when the request is admitted and has not failed.
+    pub fn is_admitted(&self) -> bool {
+        self.ticket.is_admitted()
+    }
     /// True when it has ended.
     pub fn is_finished(&self) -> bool {
         self.ticket.is_finished()

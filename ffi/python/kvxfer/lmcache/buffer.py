@@ -22,6 +22,10 @@ from lmcache.v1.memory_management import (
 from kvxfer.channel import Chunk
 
 
+# A page that is being sent comes back within this, unless its request waits for the decoder.
+_MOMENT_S = 0.05
+
+
 def tensor_over(address: int, length: int) -> torch.Tensor:
     """The bytes as a flat tensor; whoever owns the memory outlives it."""
     return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)
@@ -47,9 +51,16 @@ class Staging(PagedCpuGpuMemoryAllocator):
         self._freed = threading.Condition()
 
     def wait_allocate(
-        self, shapes: Any, dtypes: Any, fmt: MemoryFormat, timeout: float, may_come: Callable[[], bool]
+        self,
+        shapes: Any,
+        dtypes: Any,
+        fmt: MemoryFormat,
+        timeout: float,
+        may_come: Callable[[], bool],
+        make_room: Callable[[], bool],
     ) -> MemoryObj | None:
-        """A page, waited for as long as `may_come` says that one will be given back; None otherwise."""
+        """A page, waited for as long as `may_come` says that one will be given back; None otherwise. `make_room` is asked for one
+        when none has come for a moment."""
         deadline = time.monotonic() + timeout
         while True:
             page = self.cpu_allocator.allocate(shapes, dtypes, fmt)
@@ -61,7 +72,10 @@ class Staging(PagedCpuGpuMemoryAllocator):
                 left = deadline - time.monotonic()
                 if left <= 0 or not may_come():
                     return None
-                self._freed.wait(left)
+                came = self._freed.wait(min(left, _MOMENT_S))
+            # Outside the lock: what makes room gives pages back on another thread.
+            if not came:
+                make_room()
 
     def close(self) -> None:
         """The buffer is kvxfer's and goes with its region; objects that are not in use must not come back to it."""

@@ -17,6 +17,7 @@ import threading
 
 ADDITIONS = {
     # Module of LMCache: module and function of ours that changes it. The function is called once, with the module.
+    "lmcache.v1.config": "kvxfer.lmcache.config:add_translation",
     "lmcache.v1.transfer_channel": "kvxfer.lmcache.hook:add_channel",
     "lmcache.v1.storage_backend.pd_backend_async": "kvxfer.lmcache.hook:add_pd_backend",
     "lmcache.v1.cache_engine": "kvxfer.lmcache.hook:add_to_store",

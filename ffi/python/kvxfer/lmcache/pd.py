@@ -281,7 +281,9 @@ class _Prefiller:
         self._closed = False
 
     def allocate(self, shapes: Any, dtypes: Any, fmt: MemoryFormat) -> MemoryObj | None:
-        page = self.allocator.wait_allocate(shapes, dtypes, fmt, self._config.allocation_timeout, self._page_may_come)
+        # Pages of requests that wait for the decoder would never come back if the decoder waits for the one that is stored now.
+        timeout, may_come, make_room = self._config.allocation_timeout, self._page_may_come, self._outbox.shed
+        page = self.allocator.wait_allocate(shapes, dtypes, fmt, timeout, may_come, make_room)
         if page is None:
             logger.warning(
                 "kvxfer: no staging page for a chunk: all %d are in use and %s. What has one is sent, the rest is computed by the decoder; "
