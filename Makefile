@@ -6,7 +6,7 @@ KVXFER := $(PROFILE_DIR)/kvxfer
 FEATURES = $(shell scripts/features.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench bench-proxy demo-vllm doctor install fuzz doc clean
+.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench bench-proxy demo-vllm test-vllm doctor install fuzz doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ doctor: build ## what this machine can do
 
 demo-vllm: setup-test build ## a real vLLM prefiller and decoder hand over a real cache through kvxfer (CPU, ~10 min the first time)
 	scripts/demo-vllm.sh
+
+test-vllm: setup-test test-python ## kvxfer's PD backend with real vLLM servers: tokens, faults, metrics (CPU, ~10 min)
+	scripts/test-vllm.sh
 
 install: build ## library, headers, pkg-config, CMake package and command into PREFIX (DESTDIR is honoured)
 	scripts/install.sh $(PREFIX)

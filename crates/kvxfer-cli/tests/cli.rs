@@ -395,21 +395,21 @@ fn lmcaches_older_files_are_explained_and_migrated() {
     let guides = concat!(env!("CARGO_MANIFEST_DIR"), "/../kvxfer-lmcache/tests/guides");
     let prefiller = format!("{guides}/xpyd-prefiller.yaml");
     let out = run(&["config", "check", &prefiller]);
-    assert!(out.status.success(), "{}", stderr(&out));
+    assert!(out.status.success(), "{}", text(&out.stderr));
     for word in ["nixl_peer_port", "pd_peer_init_port", "[55555]", "nixl_enable_gc", "works as written"] {
-        assert!(stdout(&out).contains(word), "{word}: {}", stdout(&out));
+        assert!(text(&out.stdout).contains(word), "{word}: {}", text(&out.stdout));
     }
     let out = run(&["config", "check", "--json", &prefiller]);
-    let json: serde_json::Value = serde_json::from_str(&stdout(&out)).expect("JSON");
+    let json: serde_json::Value = serde_json::from_str(&text(&out.stdout)).expect("JSON");
     assert_eq!(json["config"]["pd_role"], "sender");
 
     let folder = tempfile::tempdir().expect("a folder");
     let new = folder.path().join("new.yaml");
     let new = new.to_str().expect("path");
     let out = run(&["config", "check", &prefiller, "--migrate", "--output", new]);
-    assert!(out.status.success(), "{}", stderr(&out));
+    assert!(out.status.success(), "{}", text(&out.stderr));
     let out = run(&["config", "check", new]);
-    assert!(out.status.success() && !stdout(&out).contains("works as written"), "{}", stdout(&out));
+    assert!(out.status.success() && !text(&out.stdout).contains("works as written"), "{}", text(&out.stdout));
     let again = run(&["config", "check", &prefiller, "--migrate", "--output", new]);
     assert_eq!(again.status.code(), Some(2), "an existing file stays");
 
@@ -418,6 +418,6 @@ fn lmcaches_older_files_are_explained_and_migrated() {
     for flags in [&[][..], &["--migrate"]] {
         let out = run(&[&["config", "check", bad.to_str().expect("path")], flags].concat());
         assert_eq!(out.status.code(), Some(1));
-        assert!(stderr(&out).contains("nixl_role") && stderr(&out).contains("pd_role"), "{}", stderr(&out));
+        assert!(text(&out.stderr).contains("nixl_role") && text(&out.stderr).contains("pd_role"), "{}", text(&out.stderr));
     }
 }

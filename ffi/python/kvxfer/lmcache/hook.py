@@ -121,6 +121,11 @@ def add_to_store(module) -> None:
         if spec is None:
             return None
         kwargs["transfer_spec"] = spec
+        done, mask = backend.handed_over(request, spec), kwargs.get("mask")
+        if done and mask is not None and done <= len(mask):
+            kwargs["mask"] = mask = mask.clone()
+            mask[:done] = False
+            kwargs["offset"] = max(done, kwargs.get("offset") or 0)
         with backend.storing(request, spec):
             return original(self, *args, **kwargs)
 

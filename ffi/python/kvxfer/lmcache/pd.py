@@ -159,6 +159,11 @@ class PdBackend(AllocatorBackendInterface):
         """Around a store of LMCache's cache engine: notes when it began, and which request of vLLM is which of the proxy."""
         return self._side.storing(request, transfer_spec)
 
+    def handed_over(self, request: str | None, transfer_spec: Any) -> int:
+        """Tokens of a request of vLLM that earlier steps have handed over; whole chunks. LMCache counts them in an object of which
+        worker processes have a copy for each step, so that every step would begin from the first token again."""
+        return self._side.handed_over(request, transfer_spec)
+
     def vllm_finished(self, requests: set[str]) -> None:
         """vLLM is done with these requests, whether they ended well or were aborted."""
         self._side.vllm_finished(requests)
@@ -244,6 +249,7 @@ class _Request:
     """A request on its way, as far as log lines and futures need it."""
 
     name: str
+    vllm: str | None = None
     tokens: int = 0
     size: int = 0
     offload: float = 0.0
@@ -304,16 +310,21 @@ class _Prefiller:
         host, ports = self._config.receiver
         return _Spec(f"{request or 'request'}#{next(self._steps)}", host, ports)
 
+    def handed_over(self, request: str | None, transfer_spec: Any) -> int:
+        with self._lock:
+            known = self._requests.get(str(transfer_spec.req_id))
+            return known.tokens if known is not None and request is not None and known.vllm == request else 0
+
     @contextlib.contextmanager
     def storing(self, request: str | None, transfer_spec: Any) -> Iterator[None]:
-        self._local.began = time.perf_counter()
+        self._local.began, self._local.vllm = time.perf_counter(), request
         if request is not None and not isinstance(transfer_spec, _Spec):
             with self._lock:
                 self._names[request] = str(transfer_spec.req_id)
         try:
             yield
         finally:
-            self._local.began = None
+            self._local.began = self._local.vllm = None
 
     def put(
         self,
@@ -333,14 +344,15 @@ class _Prefiller:
             (key.to_string(), self._region, [(m.meta.address * page, valid_bytes(m))])
             for key, m in zip(keys, memory_objs, strict=True)
         ]
-        began = getattr(self._local, "began", None)
-        first = not getattr(spec, "num_transferred_tokens", 0)
+        began, vllm = getattr(self._local, "began", None), getattr(self._local, "vllm", None)
         for memory_obj in memory_objs:
             memory_obj.ref_count_up()
         with self._lock:
             request = self._requests.get(name)
+            goes_on = request is not None and vllm is not None and request.vllm == vllm and request.tokens > 0
+            first = not goes_on and not getattr(spec, "num_transferred_tokens", 0)
             if request is None or first:
-                request = self._requests[name] = _Request(name)
+                request = self._requests[name] = _Request(name, vllm)
             request.chunks += len(chunks)
             request.size += sum(runs[0][1] for _, _, runs in chunks)
             request.last = last
@@ -562,6 +574,9 @@ class _Decoder:
 
     def storing(self, request: str | None, transfer_spec: Any) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
+
+    def handed_over(self, request: str | None, transfer_spec: Any) -> int:
+        return 0
 
     def spec_for(self, request: str | None, transfer_spec: Any) -> Any:
         return transfer_spec

@@ -148,6 +148,21 @@ def test_a_prefill_in_steps_reserves_all_its_pages_at_once(decoder, prefiller, p
     assert decoder.ask("stats").free_pages == PAGES
 
 
+def test_steps_that_lmcache_counts_from_the_start_go_on_where_the_last_ended(decoder, prefiller, ports):
+    """In a worker process LMCache's `num_transferred_tokens` is 0 in every step."""
+    backend = prefiller()
+    to = spec(ports[0], "a", last=False, total=4)
+    assert backend.handed_over("vllm-a", to) == 0
+    with backend.storing("vllm-a", to):
+        put(backend, [1, 2], to)
+    assert backend.handed_over("vllm-a", to) == 2 * CHUNK
+    assert backend.handed_over("vllm-b", to) == 0, "another request that has the name"
+    to = spec(ports[0], "a", total=4)
+    with backend.storing("vllm-a", to):
+        assert put(backend, [3, 4], to).result(SOON) == 4
+    assert all(decoder.ask("take", n, CHUNK) for n in range(1, 5))
+
+
 def test_two_requests_share_a_prefix(decoder, prefiller, ports):
     a, b = prefiller(), prefiller()
     futures = [put(a, [1, 2, 3], spec(ports[0], "a")), put(b, [1, 2, 4], spec(ports[0], "a"))]
