@@ -1,4 +1,4 @@
-//! LMCache's configuration files in today's words, for its Python side.
+//! `LMCache`'s configuration files in today's words, for its Python side.
 
 use super::args::{Buffer, text};
 use super::panic::guard;
@@ -7,7 +7,7 @@ use kvxfer_core::{Error, ErrorCode};
 use kvxfer_lmcache::config::translate;
 use std::ffi::c_char;
 
-/// Translates an LMCache configuration file, YAML text, into today's words: a JSON object with `config` (keys and
+/// Translates an `LMCache` configuration file, YAML text, into today's words: a JSON object with `config` (keys and
 /// values), `notices` (what became of a key: `key`, `today`, `text`), `problems` (`keys`, `text`, `contradiction`) and
 /// `changed`. A text that is no such file is `KVXFER_INVALID_ARGUMENT`; two lines that contradict each other are
 /// `KVXFER_MISMATCH`, and the error's text names both. The buffer is used as in `kvxfer_agent_name`.

@@ -35,7 +35,7 @@ pub struct kvxfer_outbox_config_t {
     /// Pool, geometry, integrity and request time-out towards every receiver; needed.
     pub sender: *const kvxfer_sender_config_t,
     /// Notification socket of the proxy, `tcp://host:port`; NULL: nobody is told. One that is not kvxfer's hears
-    /// of successes only, in LMCache's words.
+    /// of successes only, in `LMCache`'s words.
     pub proxy: *const c_char,
     /// How long a receiver that cannot be reached is waited for, milliseconds; 0: 10 seconds.
     pub patience_ms: u64,

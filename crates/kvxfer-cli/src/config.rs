@@ -1,4 +1,4 @@
-//! `kvxfer config`: says what a file of LMCache's, or of agent settings, comes to; prints the agent's defaults.
+//! `kvxfer config`: says what a file of `LMCache`'s, or of agent settings, comes to; prints the agent's defaults.
 
 use crate::args::ConfigCommand;
 use crate::table::{Paint, Table, Tone, text as cell};
@@ -54,7 +54,7 @@ fn read(file: &Path) -> Result<(String, String), Failure> {
     Ok((name, text))
 }
 
-/// LMCache's files have keys that no agent has.
+/// `LMCache`'s files have keys that no agent has.
 fn is_lmcache(text: &str) -> bool {
     const ITS: [&str; 6] = ["pd_", "nixl_", "enable_", "local_", "max_local_", "chunk_size"];
     serde_yaml_ng::from_str::<serde_yaml_ng::Mapping>(text).is_ok_and(|m| {

@@ -400,7 +400,7 @@ fn lmcaches_older_files_are_explained_and_migrated() {
         assert!(text(&out.stdout).contains(word), "{word}: {}", text(&out.stdout));
     }
     let out = run(&["config", "check", "--json", &prefiller]);
-    let json: serde_json::Value = serde_json::from_str(&text(&out.stdout)).expect("JSON");
+    let json: serde_json::Value = serde_json::from_str(text(&out.stdout)).expect("JSON");
     assert_eq!(json["config"]["pd_role"], "sender");
 
     let folder = tempfile::tempdir().expect("a folder");
@@ -418,6 +418,10 @@ fn lmcaches_older_files_are_explained_and_migrated() {
     for flags in [&[][..], &["--migrate"]] {
         let out = run(&[&["config", "check", bad.to_str().expect("path")], flags].concat());
         assert_eq!(out.status.code(), Some(1));
-        assert!(text(&out.stderr).contains("nixl_role") && text(&out.stderr).contains("pd_role"), "{}", text(&out.stderr));
+        assert!(
+            text(&out.stderr).contains("nixl_role") && text(&out.stderr).contains("pd_role"),
+            "{}",
+            text(&out.stderr)
+        );
     }
 }

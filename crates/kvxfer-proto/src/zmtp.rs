@@ -97,12 +97,11 @@ pub fn parse_ready(command: &[u8]) -> Result<Ready, String> {
 /// A message of one frame.
 pub fn message(payload: &[u8]) -> Vec<u8> {
     let mut frame = Vec::with_capacity(payload.len() + 9);
-    match u8::try_from(payload.len()) {
-        Ok(len) => frame.extend_from_slice(&[0, len]),
-        Err(_) => {
-            frame.push(LONG);
-            frame.extend_from_slice(&(payload.len() as u64).to_be_bytes());
-        }
+    if let Ok(len) = u8::try_from(payload.len()) {
+        frame.extend_from_slice(&[0, len]);
+    } else {
+        frame.push(LONG);
+        frame.extend_from_slice(&(payload.len() as u64).to_be_bytes());
     }
     frame.extend_from_slice(payload);
     frame

@@ -386,14 +386,13 @@ impl Shared {
             }
             return Ok(request);
         }
-        let route = match state.routes.get(receiver) {
-            Some(route) => route.clone(),
-            None => {
-                let (route, thread) = self.route(receiver)?;
-                state.routes.insert(receiver.to_owned(), route.clone());
-                state.threads.push(thread);
-                route
-            }
+        let route = if let Some(route) = state.routes.get(receiver) {
+            route.clone()
+        } else {
+            let (route, thread) = self.route(receiver)?;
+            state.routes.insert(receiver.to_owned(), route.clone());
+            state.threads.push(thread);
+            route
         };
         // What goes on without having begun belongs to a request that is over and forgotten.
         let end = Mutex::new(End { ended: !first, last_put: None });

@@ -302,7 +302,7 @@ impl std::fmt::Debug for ChunkSource {
         f.debug_struct("ChunkSource")
             .field("region", &self.region.id())
             .field("runs", &self.runs.len())
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

@@ -335,7 +335,7 @@ impl Session {
 
     fn perform(&self, todo: Todo) {
         for (ticket, result) in todo.ends {
-            ticket.end(result);
+            ticket.end(&result);
         }
         for transfer in todo.cancels {
             transfer.cancel();

@@ -61,14 +61,16 @@ impl Ticket {
         self.changed.notify_all();
     }
 
-    pub(super) fn end(&self, result: Result<DeliveryReport>) {
+    pub(super) fn end(&self, result: &Result<DeliveryReport>) {
         let told = {
             let mut state = self.state.lock();
             state.result = Some(result.clone());
             std::mem::take(&mut state.on_end)
         };
         self.changed.notify_all();
-        told.into_iter().for_each(|f| f(&result));
+        for f in told {
+            f(result);
+        }
     }
 
     pub(super) fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {

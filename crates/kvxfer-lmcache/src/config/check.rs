@@ -1,4 +1,4 @@
-//! What LMCache or kvxfer would refuse about a configuration for disaggregated prefill, said before anything is started.
+//! What `LMCache` or kvxfer would refuse about a configuration for disaggregated prefill, said before anything is started.
 
 use super::{Notice, Problem, show, truth};
 use serde_yaml_ng::{Mapping, Value};
@@ -25,7 +25,7 @@ pub(super) fn check(config: &Mapping, notices: &mut Vec<Notice>, problems: &mut 
         ),
         Some((_, Some(n))) if n > 0 => {}
         Some((v, _)) => {
-            problem(&["pd_buffer_size"], format!("pd_buffer_size is {}: bytes, more than 0", show(v)))
+            problem(&["pd_buffer_size"], format!("pd_buffer_size is {}: bytes, more than 0", show(v)));
         }
     }
     match stated("pd_buffer_device").and_then(Value::as_str) {

@@ -12,7 +12,7 @@ pub(super) enum Fate {
 }
 use Fate::{Gone, Renamed, RenamedPort};
 
-/// Older keys. Those of the buffer are left alone where LMCache's NIXL *storage* uses them, see [`STORAGE`].
+/// Older keys. Those of the buffer are left alone where `LMCache`'s NIXL *storage* uses them, see [`STORAGE`].
 pub(super) const OLDER: &[(&str, Fate)] = &[
     ("enable_nixl", Renamed("enable_pd")),
     ("enable_xpyd", Renamed("enable_pd")),

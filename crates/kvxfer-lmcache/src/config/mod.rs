@@ -6,6 +6,7 @@ mod keys;
 use keys::{Fate, OLDER, STORAGE};
 use serde::Serialize;
 use serde_yaml_ng::{Mapping, Value};
+use std::fmt::Write as _;
 
 /// Largest file that is read, in bytes.
 pub const MAX_FILE: usize = 1 << 20;
@@ -19,7 +20,7 @@ pub struct Translation {
     pub config: Mapping,
     /// What became of keys, and what was added; one sentence each.
     pub notices: Vec<Notice>,
-    /// What LMCache or kvxfer would refuse, or do otherwise than meant.
+    /// What `LMCache` or kvxfer would refuse, or do otherwise than meant.
     pub problems: Vec<Problem>,
     /// True when `config` says something else than the file did.
     pub changed: bool,
@@ -112,12 +113,12 @@ impl Translation {
     pub fn to_yaml(&self) -> String {
         let mut out = String::from("# LMCache configuration; written by `kvxfer config check --migrate`.\n");
         for notice in self.notices.iter().filter(|n| n.today.is_empty()) {
-            out += &format!("# {}: {}\n", notice.key, notice.text);
+            let _ = writeln!(out, "# {}: {}", notice.key, notice.text);
         }
         for (key, value) in &self.config {
             let name = key.as_str().unwrap_or_default();
             for notice in self.notices.iter().filter(|n| n.today == name) {
-                out += &format!("# {}\n", notice.text);
+                let _ = writeln!(out, "# {}", notice.text);
             }
             let one: Mapping = [(key.clone(), value.clone())].into_iter().collect();
             out += &serde_yaml_ng::to_string(&one).unwrap_or_default();
