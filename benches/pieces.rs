@@ -69,6 +69,7 @@ fn messages(c: &mut Criterion) {
         chunks: (0..32).map(|i| ChunkSpec { key: key(i), len: PAGE }).collect(),
         deadline_ms: 60_000,
         integrity: Integrity::Bound,
+        more: 0,
     };
     let encoded = frame::encode(&reserve).expect("encodes");
     let mut group = c.benchmark_group("reserve of 32 chunks");

@@ -55,9 +55,9 @@ def cores():
 class Server:
     """A child below a keeper (see `keeper.py`), with its log. It ends with this process, however that ends."""
 
-    def __init__(self, name, command, environment, log):
+    def __init__(self, name, command, environment, log, mode="wb"):
         self.name, self.log = name, log
-        with open(log, "wb") as output:
+        with open(log, mode) as output:
             self.keeper = subprocess.Popen(
                 [sys.executable, HERE / "keeper.py", *command],
                 stdin=subprocess.PIPE,
@@ -167,11 +167,11 @@ class Stack:
     def restart(self, role):
         """Starts it again where it was, and waits for it."""
         index = list(self._roles).index(role)
-        self.servers[index] = self._serve(role)
+        self.servers[index] = self._serve(role, "ab")
         url = {"prefiller": self.prefiller, "decoder": self.decoder}[role]
         self.servers[index].wait_healthy(url, time.monotonic() + START_TIMEOUT_S)
 
-    def _serve(self, role):
+    def _serve(self, role, mode="wb"):
         """Starts `vllm serve` with LMCache configured by ROLE.yaml of this folder, its ports replaced by free ones."""
         port, core, ports = self._roles[role]
         config = yaml.safe_load((HERE / f"{role}.yaml").read_text())
@@ -233,7 +233,7 @@ class Stack:
         metrics.mkdir(parents=True)
         environment["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         environment |= self.environment.get(role, {})
-        return Server(role, [str(a) for a in command], environment, self.log(role))
+        return Server(role, [str(a) for a in command], environment, self.log(role), mode)
 
 
 def main():

@@ -133,7 +133,7 @@ def add_to_store(module) -> None:
 
 
 def add_to_adapter(module) -> None:
-    """Requests that vLLM has finished or aborted: what they still hold on either side is given back."""
+    """Requests that vLLM has finished or aborted: what they still hold on either side is given back, and the engine survives."""
     original = module.LMCacheConnectorV1Impl.get_finished
 
     @functools.wraps(original)
@@ -147,6 +147,20 @@ def add_to_adapter(module) -> None:
         return original(self, finished_req_ids)
 
     module.LMCacheConnectorV1Impl.get_finished = get_finished
+    module.LMCacheConnectorV1Impl.request_finished = _without_first_token(module.LMCacheConnectorV1Impl.request_finished)
+
+
+def _without_first_token(original):
+    """A request that was aborted before its first token has none to hand over; asked for it, LMCache ends the whole engine."""
+
+    @functools.wraps(original)
+    def request_finished(self, request, block_ids):
+        params = getattr(request, "kv_transfer_params", None)
+        if isinstance(params, dict) and "ret_first_tok" in params and not request._output_token_ids:
+            request.kv_transfer_params = {k: v for k, v in params.items() if k != "ret_first_tok"}
+        return original(self, request, block_ids)
+
+    return request_finished
 
 
 class _Finder(importlib.abc.MetaPathFinder):
