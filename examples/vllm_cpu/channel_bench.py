@@ -1,6 +1,9 @@
-"""LMCache's own PD backend over two transfer channels, side by side, without an engine.
+"""LMCache's own PD backend over two transfer channels, and kvxfer's PD backend, side by side, without an engine.
 
-    python channel_bench.py [--reps 5] [--channels nixl,kvxfer] [--json FILE]
+    python channel_bench.py [--reps 5] [--channels nixl,kvxfer,kvxfer-pd] [--small] [--json FILE]
+
+`nixl` and `kvxfer` are LMCache's backend over that channel, `kvxfer-pd` is kvxfer's own. With kvxfer's own, one thread's memcpy of
+the same bytes is timed in the same process. `--small` sends requests of one chunk of 1 MiB instead.
 
 Two processes exchange the KV cache of a 5000-token prompt in Llama-3-8B's geometry (32 layers, 8 KV heads of 128, bfloat16:
 20 chunks, 655 MB valid, 671 MB in whole pages). Sender and receiver have a core each. Each channel runs in blocks that take
@@ -22,10 +25,17 @@ import types
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK, TOKENS = 32, 8, 128, 256, 5000
 BUFFER_BYTES = 1 << 30
+if "--small" in sys.argv:
+    CHUNK = TOKENS = 8
 LENGTHS = [CHUNK] * (TOKENS // CHUNK) + ([TOKENS % CHUNK] if TOKENS % CHUNK else [])
 PAGE_BYTES = 2 * LAYERS * CHUNK * HEADS * HEAD_SIZE * 2
 VALID_BYTES = PAGE_BYTES * TOKENS // CHUNK
+BUFFER_BYTES = min(BUFFER_BYTES, 64 * PAGE_BYTES)
 BLOCK_TIMEOUT_S = 120
+
+
+MEMCPY = []
+"""Seconds that one thread's memcpy of the same bytes took, beside kvxfer's own backend."""
 
 
 def measure(channels, reps, log_folder):
@@ -49,6 +59,7 @@ def run_block(channel, timed, log_folder):
                 log = pathlib.Path(log_folder, f"bench-{channel}-{role}.log")
                 command = [sys.executable, __file__, "--child", role, "--channels", channel, "--reps", str(timed)]
                 command += ["--rendezvous", rendezvous, "--ports", ",".join(map(str, ports))]
+                command += ["--small"] if "--small" in sys.argv else []
                 core = available[(1 - i) % len(available)]
                 with open(log, "wb") as errors:
                     child = subprocess.Popen(
@@ -60,6 +71,9 @@ def run_block(channel, timed, log_folder):
                         | {
                             "LMCACHE_LOG_LEVEL": "WARNING",
                             "LMCACHE_TRACK_USAGE": "false",
+                            # As vLLM's configuration would say: LMCache's buffers are then kvxfer's memory.
+                            "LMCACHE_TRANSFER_CHANNEL": channel.removesuffix("-pd"),
+                            "PYTHONHASHSEED": "0",
                             "UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", "lo"),
                         },
                         preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}),
@@ -81,6 +95,8 @@ def run_block(channel, timed, log_folder):
                     child.kill()
                     child.wait()
     identical, seconds = results[0]["identical"], results[1]["seconds"]
+    if "memcpy" in results[1]:
+        MEMCPY.extend(results[1]["memcpy"])
     expected = (timed + 1) * len(LENGTHS)
     if identical != expected:
         raise RuntimeError(f"{channel}: {identical} of {expected} chunks arrived bit-identical")
@@ -119,7 +135,7 @@ def child(role, channel, timed, rendezvous, ports):
     import torch
 
     torch.set_num_threads(1)
-    if channel == "kvxfer":
+    if channel != "nixl":
         from kvxfer.lmcache import register
 
         register()
@@ -128,6 +144,7 @@ def child(role, channel, timed, rendezvous, ports):
     from lmcache.v1.memory_management import MemoryFormat
     from lmcache.v1.metadata import LMCacheMetadata
     from lmcache.v1.storage_backend.pd_backend import PDBackend
+    from lmcache.v1.storage_backend.pd_backend_async import PDBackendAsync
 
     notify, init, alloc = ports
     settings = dict(
@@ -135,9 +152,8 @@ def child(role, channel, timed, rendezvous, ports):
         local_cpu=False,
         save_unfull_chunk=True,
         enable_pd=True,
-        transfer_channel=channel,
+        transfer_channel=channel.removesuffix("-pd"),
         nixl_backends=["UCX"],
-        pd_backend_mode="sync",
         pd_role=role,
         pd_buffer_size=BUFFER_BYTES,
         pd_buffer_device="cpu",
@@ -155,7 +171,10 @@ def child(role, channel, timed, rendezvous, ports):
         kv_dtype=torch.bfloat16,
         kv_shape=(LAYERS, 2, CHUNK, HEADS, HEAD_SIZE),
     )
-    backend = PDBackend(LMCacheEngineConfig.from_defaults(**settings), metadata)
+    own = channel == "kvxfer-pd"
+    if not own:
+        settings["pd_backend_mode"] = "sync"
+    backend = (PDBackendAsync if own else PDBackend)(LMCacheEngineConfig.from_defaults(**settings), metadata)
 
     def key(rep, i):
         return CacheEngineKey(
@@ -188,7 +207,8 @@ def child(role, channel, timed, rendezvous, ports):
                 received = backend.get_blocking(key(rep, i))
                 identical += torch.equal(raw(received, n), content(rep, i, n))
                 backend.remove(key(rep, i))
-                received.ref_count_down()
+                if not own:
+                    received.ref_count_down()
             print(f"checked {rep}", file=peer, flush=True)
         result = {"identical": identical}
     else:
@@ -204,7 +224,9 @@ def child(role, channel, timed, rendezvous, ports):
             receiver_init_port=[init],
             receiver_alloc_port=[alloc],
             req_id="bench",
-            is_last_prefill=False,
+            is_last_prefill=own,
+            num_transferred_tokens=0,
+            total_chunks=len(LENGTHS),
         )
         seconds = []
         for rep in range(timed + 1):
@@ -229,6 +251,14 @@ def child(role, channel, timed, rendezvous, ports):
             if peer.readline() != f"checked {rep}\n":
                 raise RuntimeError("the receiver ended early")
         result = {"seconds": seconds}
+        if own:
+            a, b = (torch.full((VALID_BYTES,), v, dtype=torch.uint8) for v in (1, 2))
+            result["memcpy"] = []
+            for _ in range(len(seconds) + 1):
+                started = time.perf_counter()
+                b.copy_(a)
+                result["memcpy"].append(time.perf_counter() - started)
+            del result["memcpy"][0]
     print(json.dumps({"kvxfer_bench": result}), flush=True)
     # LMCache's shutdown waits for sockets that nobody answers any more; the measurement is over.
     os._exit(0)
@@ -237,7 +267,8 @@ def child(role, channel, timed, rendezvous, ports):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reps", type=int, default=5)
-    parser.add_argument("--channels", default="nixl,kvxfer")
+    parser.add_argument("--channels", default="nixl,kvxfer,kvxfer-pd")
+    parser.add_argument("--small", action="store_true", help="requests of one chunk of 1 MiB")
     parser.add_argument("--json", help="write the times to this file")
     parser.add_argument("--child", choices=["sender", "receiver"], help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
@@ -256,11 +287,14 @@ def main():
         seconds = measure(options.channels.split(","), options.reps, logs)
     lines, ratio = table(seconds)
     print("\n".join(lines))
+    if MEMCPY:
+        ours = statistics.median(seconds["kvxfer-pd"])
+        print(f"kvxfer-pd moves {statistics.median(MEMCPY) / ours:.2f} of what one thread's memcpy does")
     if len(seconds) > 1:
         print(f"{' : '.join(seconds)} = {ratio:.2f}")
     if options.json:
         pathlib.Path(options.json).write_text(
-            json.dumps({"seconds": seconds, "valid_bytes": VALID_BYTES, "ratio": ratio})
+            json.dumps({"seconds": seconds, "memcpy": MEMCPY, "valid_bytes": VALID_BYTES, "ratio": ratio})
         )
 
 

@@ -154,15 +154,11 @@ fn texts_that_are_no_configuration() {
     assert!(matches!(translate(&"#".repeat(MAX_FILE + 1)), Err(FileError::TooLarge { .. })));
     assert_eq!(translate("").expect("empty is fine").config.len(), 0);
     // An alias bomb and a deep nest end quickly, one way or the other.
-    let bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n".to_owned()
-        + &(1..9)
-            .map(|i| {
-                format!(
-                    "b{i}: &b{i} [{}]\n",
-                    format!("*{},", if i == 1 { "a".into() } else { format!("b{}", i - 1) }).repeat(9)
-                )
-            })
-            .collect::<String>();
+    let mut bomb = String::from("b0: &b0 [x,x,x,x,x,x,x,x,x]\n");
+    for i in 1..9 {
+        let inside = format!("*b{},", i - 1).repeat(9);
+        bomb += &["b", &i.to_string(), ": &b", &i.to_string(), " [", &inside, "]\n"].concat();
+    }
     let _ = translate(&bomb);
     let _ = translate(&format!("a: {}", "[".repeat(10_000)));
 }

@@ -29,6 +29,7 @@ fn key(n: u32) -> ChunkKey {
 }
 
 /// One message of every type, each with a name for its file.
+#[expect(clippy::too_many_lines, reason = "a list of values")]
 fn samples() -> Vec<(&'static str, Message)> {
     let geometry = Geometry {
         model: "meta-llama/Llama-3.1-8B-Instruct".into(),

@@ -58,14 +58,14 @@ fn batch(
     Batch { request: id(request), receiver: to.into(), first, total, last, chunks }
 }
 
-/// What came until `ends` requests had ended and `releases` batches were released.
+/// What came until `ends` requests had ended and `batches` were released.
 fn collect(
     outbox: &Outbox,
     ends: usize,
-    releases: usize,
+    batches: usize,
 ) -> (Vec<(String, Result<DeliveryReport>)>, Vec<u64>) {
     let (mut ended, mut released) = (Vec::new(), Vec::new());
-    while ended.len() < ends || released.len() < releases {
+    while ended.len() < ends || released.len() < batches {
         match outbox.next_event(SOON).expect("an event") {
             OutboxEvent::Released { batch } => released.push(batch),
             OutboxEvent::Ended { request, result, .. } => ended.push((request.to_string(), result)),
