@@ -49,6 +49,8 @@ typedef struct {
   kvxfer_reservation_t *reservation;
   kvxfer_delivery_t *delivery;     /* of chunk "chunk-a", finished */
   kvxfer_chunk_t *chunk;           /* "chunk-a", pinned */
+  kvxfer_outbox_t *outbox;         /* of the client; nothing put into it yet */
+  kvxfer_memory_t *memory;
   unsigned char *local_base, *target_base;
   char address[256];
 } fixture_t;
@@ -128,6 +130,13 @@ static inline void fixture_new(fixture_t *fx) {
   OK(kvxfer_reservation_finish(fx->reservation, &fx->delivery));
   OK(kvxfer_delivery_wait(fx->delivery, WAIT_MS, NULL));
   OK(kvxfer_receiver_acquire(fx->receiver, "chunk-a", &fx->chunk));
+
+  kvxfer_outbox_config_t outbox;
+  memset(&outbox, 0, sizeof outbox);
+  outbox.struct_size = sizeof outbox;
+  outbox.sender = &channel;
+  OK(kvxfer_outbox_new(fx->client, &outbox, &fx->outbox));
+  OK(kvxfer_memory_new(PAGE_BYTES, &fx->memory));
 }
 
 /* Frees everything, parents first to show that any order will do. */
@@ -135,6 +144,7 @@ static inline void fixture_free(fixture_t *fx) {
   OK(kvxfer_chunk_free(fx->chunk));
   OK(kvxfer_agent_free(fx->client));
   OK(kvxfer_sender_free(fx->sender));
+  OK(kvxfer_outbox_free(fx->outbox));
   OK(kvxfer_agent_free(fx->server));
   OK(kvxfer_receiver_free(fx->receiver));
   OK(kvxfer_reservation_free(fx->reservation));
@@ -144,6 +154,7 @@ static inline void fixture_free(fixture_t *fx) {
   OK(kvxfer_peer_free(fx->peer));
   OK(kvxfer_region_free(fx->local));
   OK(kvxfer_region_free(fx->target));
+  OK(kvxfer_memory_free(fx->memory));
 }
 
 #endif

@@ -92,6 +92,8 @@ fn field(handle: &str) -> &'static str {
         "kvxfer_sender_t" => "sender",
         "kvxfer_reservation_t" => "reservation",
         "kvxfer_delivery_t" => "delivery",
+        "kvxfer_outbox_t" => "outbox",
+        "kvxfer_memory_t" => "memory",
         other => panic!("add {other} to tests/support/nulls.rs and tests/c/fixture.h"),
     }
 }
@@ -136,6 +138,9 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
         ("const kvxfer_chunk_source_t *", _) => "&source".into(),
         ("const kvxfer_receiver_config_t *", _) => "&pool".into(),
         ("const kvxfer_sender_config_t *", _) => "&channel".into(),
+        ("const kvxfer_outbox_config_t *", _) => "&outbox".into(),
+        ("const kvxfer_batch_t *", _) => "&batch".into(),
+        ("kvxfer_outbox_event_t *", _) => "&outbox_event".into(),
         ("kvxfer_transfer_report_t *", _) => "&transfer_report".into(),
         ("kvxfer_delivery_report_t *", _) => "&delivery_report".into(),
         ("kvxfer_receiver_event_t *", _) => "&event".into(),
@@ -165,6 +170,8 @@ int main(void) {
   kvxfer_sender_t *out_sender = NULL;
   kvxfer_reservation_t *out_reservation = NULL;
   kvxfer_delivery_t *out_delivery = NULL;
+  kvxfer_outbox_t *out_outbox = NULL;
+  kvxfer_memory_t *out_memory = NULL;
   void *out_void = NULL;
   const void *out_const = NULL;
   uint64_t number = 0;
@@ -181,6 +188,16 @@ int main(void) {
   pool.geometry = &geometry;
   SIZED(kvxfer_sender_config_t, channel);
   channel.geometry = &geometry;
+  SIZED(kvxfer_outbox_config_t, outbox);
+  outbox.sender = &channel;
+  SIZED(kvxfer_batch_t, batch);
+  batch.request = "null-request";
+  batch.receiver = fx.address;
+  batch.chunks = &source;
+  batch.count = 1;
+  batch.first = 1;
+  batch.last = 1;
+  SIZED(kvxfer_outbox_event_t, outbox_event);
   SIZED(kvxfer_transfer_report_t, transfer_report);
   SIZED(kvxfer_delivery_report_t, delivery_report);
   SIZED(kvxfer_receiver_event_t, event);
@@ -192,7 +209,8 @@ int main(void) {
 const EPILOGUE: &str = r#"  /* No refused call has made, freed or written anything. */
   TRUE(kvxfer_live_handles() == live);
   TRUE(!out_agent && !out_region && !out_peer && !out_remote_region && !out_transfer && !out_receiver && !out_chunk);
-  TRUE(!out_sender && !out_reservation && !out_delivery && !out_void && !out_const && number == 0);
+  TRUE(!out_sender && !out_reservation && !out_delivery && !out_outbox && !out_memory);
+  TRUE(!out_void && !out_const && number == 0);
   fixture_free(&fx);
   TRUE(kvxfer_live_handles() == 0);
   puts("OK");
