@@ -101,16 +101,29 @@ def kvxfer_command():
 class Stack:
     """A prefiller, a decoder and a proxy. `proxy`, `prefiller` and `decoder` are base URLs once started.
 
-    `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role.
+    `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role, `files`
+    configuration files by role that are used as they are: `ports` then says what they name (`init`, `alloc`, `notify`).
+    With several `ranks` each server runs tensor-parallel. `model`, an attribute, is the model's folder.
     """
 
     def __init__(
-        self, mode="kvxfer", channel="kvxfer", dtype="bfloat16", lmcache=None, vllm=(), environment=None, proxy=()
+        self,
+        mode="kvxfer",
+        channel="kvxfer",
+        dtype="bfloat16",
+        lmcache=None,
+        vllm=(),
+        environment=None,
+        proxy=(),
+        files=None,
+        ports=None,
+        ranks=1,
     ):
         self.mode, self.channel, self.dtype = mode, channel, dtype
         self.lmcache, self.vllm, self.environment = lmcache or {}, list(vllm), environment or {}
-        self.proxy_flags = list(proxy)
+        self.proxy_flags, self.files, self.ports, self.ranks = list(proxy), files or {}, ports or {}, ranks
         self.home = home()
+        self.model = self.home / "model"
         self.logs = self.home / "logs"
         self.corrupt_marker = self.home / "run" / f"corrupt-{os.getpid()}"
         self.servers = []
@@ -140,7 +153,9 @@ class Stack:
     def _start(self):
         for folder in (self.logs, self.home / "run"):
             folder.mkdir(parents=True, exist_ok=True)
-        prefiller, decoder, proxy, init, alloc, notify = free_ports(6)
+        prefiller, decoder, proxy, notify, *others = free_ports(4 + 2 * self.ranks)
+        init, alloc, notify = others[: self.ranks], others[self.ranks :], self.ports.get("notify", notify)
+        init, alloc = self.ports.get("init", init), self.ports.get("alloc", alloc)
         self.prefiller, self.decoder, self.proxy = (f"http://127.0.0.1:{p}" for p in (prefiller, decoder, proxy))
         self._roles = {
             "prefiller": (prefiller, cores()[0], {"pd_proxy_port": notify}),
@@ -151,7 +166,7 @@ class Stack:
         command = [kvxfer_command(), "proxy", "--host", "127.0.0.1", "--port", proxy]
         command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", prefiller]
         command += ["--decoder-host", "127.0.0.1", "--decoder-port", decoder]
-        command += ["--decoder-init-port", init, "--decoder-alloc-port", alloc]
+        command += ["--decoder-init-port", *init, "--decoder-alloc-port", *alloc]
         command += ["--proxy-host", "127.0.0.1", "--proxy-port", notify, *self.proxy_flags]
         self.servers.append(Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy")))
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -173,15 +188,8 @@ class Stack:
 
     def _serve(self, role, mode="wb"):
         """Starts `vllm serve` with LMCache configured by ROLE.yaml of this folder, its ports replaced by free ones."""
-        port, core, ports = self._roles[role]
-        config = yaml.safe_load((HERE / f"{role}.yaml").read_text())
-        config |= ports | {"transfer_channel": self.channel} | self.lmcache
-        if self.mode != "kvxfer":
-            config["pd_backend_mode"] = self.mode
-        if self.channel == "nixl":
-            config["nixl_backends"] = ["UCX"]
-        config_file = self.home / "run" / f"{role}-{os.getpid()}.yaml"
-        config_file.write_text(yaml.safe_dump(config))
+        port, core, _ = self._roles[role]
+        config_file = self.files.get(role) or self._write_config(role)
 
         extra = {"discard_partial_chunks": False, "lmcache_rpc_port": f"kvxfer-{role}-{os.getpid()}"}
         if role == "decoder":
@@ -195,7 +203,7 @@ class Stack:
         command = [
             pathlib.Path(sys.executable).parent / "vllm",
             "serve",
-            self.home / "model",
+            self.model,
             "--served-model-name",
             MODEL_NAME,
         ]
@@ -232,8 +240,22 @@ class Stack:
         shutil.rmtree(metrics, ignore_errors=True)
         metrics.mkdir(parents=True)
         environment["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+        if self.ranks > 1:
+            command += ["--tensor-parallel-size", self.ranks]
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join([str(core)] * self.ranks)
         environment |= self.environment.get(role, {})
         return Server(role, [str(a) for a in command], environment, self.log(role), mode)
+
+    def _write_config(self, role):
+        config = yaml.safe_load((HERE / f"{role}.yaml").read_text())
+        config |= self._roles[role][2] | {"transfer_channel": self.channel} | self.lmcache
+        if self.mode != "kvxfer":
+            config["pd_backend_mode"] = self.mode
+        if self.channel == "nixl":
+            config["nixl_backends"] = ["UCX"]
+        path = self.home / "run" / f"{role}-{os.getpid()}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
 
 
 def main():

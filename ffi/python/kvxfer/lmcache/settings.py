@@ -132,7 +132,7 @@ def hash_seed(config: Any) -> str:
     """What LMCache's keys depend on beside the tokens. Unequal on two sides, no key of one is found by the other."""
     seed = os.environ.get("PYTHONHASHSEED")
     algorithm = getattr(config, "pre_caching_hash_algorithm", None) or "builtin"
-    if seed is None or seed == "random":
+    if not seed or seed == "random":
         # Every process has its own then: equal to nothing.
         return f"PYTHONHASHSEED is not set in process {os.getpid()} on {socket.gethostname()} (set it to 0 on all instances)"
     return f"PYTHONHASHSEED={seed}, {algorithm}"

@@ -9,7 +9,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ASKED = os.environ.get("KVXFER_TEST_VLLM") == "1"
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None and importlib.util.find_spec("lmcache") is not None
 collect_ignore_glob = [] if ASKED and HAVE_VLLM else ["test_*.py"]
-sys.path.insert(0, str(HERE.parents[3] / "examples" / "vllm_cpu"))
+sys.path[:0] = [str(HERE), str(HERE.parents[3] / "examples" / "vllm_cpu")]
 
 
 def pytest_report_header(config):

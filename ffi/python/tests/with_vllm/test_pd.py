@@ -4,9 +4,7 @@ One prefiller and one decoder serve all of these tests, in the order of this fil
 steps of 256 tokens, the decoder's pool has as few pages as each test says.
 """
 
-import concurrent.futures
 import os
-import random
 import re
 import signal
 import threading
@@ -14,64 +12,15 @@ import time
 
 import httpx
 import pytest
-import torch
-from stack import MODEL_NAME, Stack
+from asking import SOON, ask, ask_many, dtype, gauge, prompt, until
+from stack import Stack
 
-CHUNK, STEP, GENERATED = 64, 256, 12
+CHUNK, STEP = 64, 256
 # The tiny model: 4 layers, keys and values, 4 heads of 32, two bytes an element.
 PAGE = CHUNK * 4 * 2 * 4 * 32 * 2
 PAGES = 32
-SOON = 60
 # What nobody comes for is kept this long; with leftovers and the rate at which gauges are set, pages are free soon after.
 RETENTION_S = 10
-
-
-def prompt(tokens, seed, shared=0):
-    draw, common = random.Random(seed), random.Random("shared")
-    return [common.randrange(3, 512) for _ in range(shared)] + [draw.randrange(3, 512) for _ in range(tokens - shared)]
-
-
-def ask(base, tokens, patience=300, **change):
-    body = {
-        "model": MODEL_NAME,
-        "prompt": tokens,
-        "max_tokens": GENERATED,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-    answer = httpx.post(base + "/v1/completions", json=body | change, timeout=patience, trust_env=False)
-    answer.raise_for_status()
-    return answer.json()["choices"][0]["token_ids"]
-
-
-def ask_many(base, prompts, width, patience=300):
-    """Each answer, or the error in its place."""
-
-    def one(tokens):
-        try:
-            return ask(base, tokens, patience)
-        except httpx.HTTPError as e:
-            return e
-
-    with concurrent.futures.ThreadPoolExecutor(width) as pool:
-        return list(pool.map(one, prompts))
-
-
-def gauge(base, name, **labels):
-    """The sum of a metric's series that have these labels."""
-    total = 0.0
-    for line in httpx.get(base + "/metrics", timeout=20, trust_env=False).text.splitlines():
-        if line.startswith(name) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-            total += float(line.rsplit(" ", 1)[1])
-    return total
-
-
-def until(wanted, what, patience=SOON):
-    deadline = time.monotonic() + patience
-    while not wanted():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
 
 
 def pages_are_free(stack, pages):
@@ -84,15 +33,13 @@ def pages_are_free(stack, pages):
 
 @pytest.fixture(scope="module")
 def stack():
-    # Where vLLM would use AMX kernels for bfloat16 the CPU connector asks for another type.
-    dtype = "float16" if torch.cpu._is_amx_tile_supported() else "bfloat16"
     lmcache = {
         "chunk_size": CHUNK,
         "pd_buffer_size": PAGES * PAGE,
         "extra_config": {"kvxfer": {"pd": {"retention": RETENTION_S, "request_timeout": 20, "patience": 3}}},
     }
     flags = ["--max-num-batched-tokens", STEP, "--max-num-seqs", 8]
-    with Stack("kvxfer", dtype=dtype, lmcache=lmcache, vllm=flags) as running:
+    with Stack("kvxfer", dtype=dtype(), lmcache=lmcache, vllm=flags) as running:
         yield running
 
 
