@@ -2,7 +2,8 @@
 
     python channel_bench.py [--reps 5] [--channels nixl,kvxfer,kvxfer-pd] [--small] [--json FILE]
 
-`nixl` and `kvxfer` are LMCache's backend over that channel, `kvxfer-pd` is kvxfer's own. With kvxfer's own, one thread's memcpy of
+`nixl` and `kvxfer` are LMCache's `sync` backend over that channel, `nixl-async` and `kvxfer-async` its `async` one (LMCache's default,
+timed until its word to the proxy), `kvxfer-pd` is kvxfer's own. With kvxfer's own, one thread's memcpy of
 the same bytes is timed in the same process. `--small` sends requests of one chunk of 1 MiB instead.
 
 Two processes exchange the KV cache of a 5000-token prompt in Llama-3-8B's geometry (32 layers, 8 KV heads of 128, bfloat16:
@@ -72,7 +73,7 @@ def run_block(channel, timed, log_folder):
                             "LMCACHE_LOG_LEVEL": "WARNING",
                             "LMCACHE_TRACK_USAGE": "false",
                             # As vLLM's configuration would say: LMCache's buffers are then kvxfer's memory.
-                            "LMCACHE_TRANSFER_CHANNEL": channel.removesuffix("-pd"),
+                            "LMCACHE_TRANSFER_CHANNEL": channel.partition("-")[0],
                             "PYTHONHASHSEED": "0",
                             "UCX_NET_DEVICES": os.environ.get("UCX_NET_DEVICES", "lo"),
                         },
@@ -133,6 +134,7 @@ def table(seconds):
 
 def child(role, channel, timed, rendezvous, ports):
     import torch
+    import zmq
 
     torch.set_num_threads(1)
     if channel != "nixl":
@@ -152,7 +154,7 @@ def child(role, channel, timed, rendezvous, ports):
         local_cpu=False,
         save_unfull_chunk=True,
         enable_pd=True,
-        transfer_channel=channel.removesuffix("-pd"),
+        transfer_channel=channel.partition("-")[0],
         nixl_backends=["UCX"],
         pd_role=role,
         pd_buffer_size=BUFFER_BYTES,
@@ -172,9 +174,10 @@ def child(role, channel, timed, rendezvous, ports):
         kv_shape=(LAYERS, 2, CHUNK, HEADS, HEAD_SIZE),
     )
     own = channel == "kvxfer-pd"
+    asynchronous = own or channel.endswith("-async")
     if not own:
-        settings["pd_backend_mode"] = "sync"
-    backend = (PDBackendAsync if own else PDBackend)(LMCacheEngineConfig.from_defaults(**settings), metadata)
+        settings["pd_backend_mode"] = "async" if asynchronous else "sync"
+    backend = (PDBackendAsync if asynchronous else PDBackend)(LMCacheEngineConfig.from_defaults(**settings), metadata)
 
     def key(rep, i):
         return CacheEngineKey(
@@ -219,12 +222,17 @@ def child(role, channel, timed, rendezvous, ports):
                 raise RuntimeError("the receiver did not come up")
             time.sleep(0.05)
         peer = link.makefile("rw")
+        told = None
+        if asynchronous and not own:
+            # LMCache's own asynchronous backend has no future: it tells the proxy that a cache has arrived.
+            told = zmq.Context.instance().socket(zmq.PULL)
+            told.bind(f"tcp://127.0.0.1:{notify}")
         spec = types.SimpleNamespace(
             receiver_host="127.0.0.1",
             receiver_init_port=[init],
             receiver_alloc_port=[alloc],
             req_id="bench",
-            is_last_prefill=own,
+            is_last_prefill=asynchronous,
             num_transferred_tokens=0,
             total_chunks=len(LENGTHS),
         )
@@ -241,8 +249,12 @@ def child(role, channel, timed, rendezvous, ports):
                 objects.append(memory_object)
             keys = [key(rep, i) for i in range(len(LENGTHS))]
             started = time.perf_counter()
+            spec.req_id = f"bench-{rep}"
             done = backend.batched_submit_put_task(keys, objects, transfer_spec=spec)
-            done[0].result(timeout=BLOCK_TIMEOUT_S)
+            if told is None:
+                done[0].result(timeout=BLOCK_TIMEOUT_S)
+            elif not told.poll(1000 * BLOCK_TIMEOUT_S) or spec.req_id.encode() not in told.recv():
+                raise RuntimeError("no word that the cache has arrived")
             if rep > 0:
                 seconds.append(time.perf_counter() - started)
             for memory_object in objects:

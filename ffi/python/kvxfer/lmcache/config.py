@@ -1,14 +1,16 @@
 """LMCache's configuration files with their older keys, read as they were meant.
 
 LMCache reads a file in one class method. For a file that has older keys the text is translated by the library first; any other
-file goes to LMCache untouched. Each key's fate is logged once per process; two lines that contradict each other are an error.
+file goes to LMCache untouched. Each key's fate is logged once per instance; two lines that contradict each other are an error.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
+import socket
 import tempfile
 import threading
 
@@ -17,6 +19,7 @@ from kvxfer._native import lib
 from kvxfer.errors import InvalidArgument, Mismatch
 
 _said: set[str] = set()
+_marks: list[socket.socket] = []
 _lock = threading.Lock()
 
 
@@ -68,8 +71,25 @@ def _say(logger, file_path, notices) -> None:
     with _lock:
         fresh = [n for n in notices if n not in _said]
         _said.update(fresh)
+        if not fresh or not _first_of_the_instance(file_path):
+            return
     for notice in fresh:
         logger.warning("kvxfer: %s: %s", os.path.basename(file_path), notice)
+
+
+def _first_of_the_instance(file_path) -> bool:
+    """Whether no other process of this instance (vLLM's scheduler, its workers: one process group) has spoken of the file. The first
+    one holds a name in Linux's abstract socket namespace, which goes away with the process."""
+    file = hashlib.sha256(os.path.realpath(file_path).encode()).hexdigest()[:16]
+    name = f"\0kvxfer-notices-{os.getuid()}-{os.getpgrp()}-{file}"
+    mark = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        mark.bind(name)
+    except OSError:
+        mark.close()
+        return False
+    _marks.append(mark)
+    return True
 
 
 def _have_cuda() -> bool:

@@ -1,6 +1,7 @@
 """The configuration files of LMCache's two guides, copied letter by letter, drive real servers."""
 
 import pathlib
+import re
 
 import pytest
 from asking import ask, dtype, gauge, prompt
@@ -38,6 +39,6 @@ def test_a_guides_files_as_written_start_a_working_pair(guide):
         for role, notices in SAID[guide].items():
             log = stack.log(role).read_text()
             assert [log.count(notice) for notice in notices] == [1] * len(notices), role
-        assert "LMCache hit tokens: 6" in stack.log("decoder").read_text(), "the decoder has loaded the second prompt's cache"
+        assert re.search("LMCache hit tokens: [5-7]", stack.log("decoder").read_text()), "the second prompt's cache has come"
         if channel == "kvxfer":
             assert gauge(stack.decoder, "kvxfer_pd_loaded_chunks_total") > 0
