@@ -100,6 +100,8 @@ impl Progress {
 
     fn run(&mut self) {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        // An answer usually follows within microseconds of a message, and going to sleep for it takes as long.
+        let mut awake_until = None;
         loop {
             // Whoever adds a deadline while we are busy wakes us; the value is settled before we sleep.
             self.inner.reactor.announce_sleep(None);
@@ -113,6 +115,8 @@ impl Progress {
                 return;
             }
             let next = self.poll_transports(next);
+            let spinning = awake_until.is_some_and(|t| Instant::now() < t);
+            let next = if spinning { Some(Instant::now()) } else { next };
             self.inner.reactor.announce_sleep(next);
             let timeout = next.map(|t| {
                 let left = t.saturating_duration_since(Instant::now());
@@ -133,9 +137,16 @@ impl Progress {
                     std::thread::sleep(Duration::from_millis(1));
                 }
             }
+            if events.is_empty() {
+                if spinning {
+                    std::thread::yield_now();
+                }
+                continue;
+            }
             for event in &events {
                 self.event(event.data.u64(), event.flags);
             }
+            awake_until = Some(Instant::now() + self.inner.config.spin);
         }
     }
 

@@ -23,7 +23,7 @@ use kvxfer_proto::{ErrorCode, Integrity};
 /// Transfers of at least this many bytes are written past the cache: the destination would not stay in it anyway, and
 /// reading each destination line before overwriting it costs a third of the bandwidth. Smaller ones are likely to be
 /// read from the cache soon.
-const STREAM_FROM: u64 = 2 << 20;
+const STREAM_FROM: u64 = 512 << 10;
 /// Shorter runs gain nothing from streaming stores.
 const STREAM_RUN: usize = 1 << 10;
 /// Copied and compared at a time when every byte is checked; source and destination block fit a first-level cache.
