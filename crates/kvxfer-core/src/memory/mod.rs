@@ -67,7 +67,7 @@ pub struct Memory {
     paging: Paging,
     fd: Option<OwnedFd>,
     /// `None` for foreign memory.
-    _mapping: Option<Mapping>,
+    mapping: Option<Mapping>,
 }
 
 // SAFETY: `Memory` is an address range plus its owner; it hands out a raw pointer and copies, never references, so
@@ -88,7 +88,7 @@ impl Memory {
             kind: MemoryKind::Memfd,
             paging: pool.paging,
             fd: Some(pool.fd),
-            _mapping: Some(pool.mapping),
+            mapping: Some(pool.mapping),
         });
         let mut known = SHARED.lock();
         known.retain(|_, m| m.strong_count() > 0);
@@ -108,14 +108,16 @@ impl Memory {
     pub fn from_fd(fd: OwnedFd, len: usize) -> Result<Arc<Self>> {
         let len = checked_len(len)?;
         let pool = shared::open(fd, len)?;
-        Ok(Arc::new(Self {
+        let memory = Arc::new(Self {
             base: pool.mapping.base,
             len,
             kind: MemoryKind::Memfd,
             paging: pool.paging,
             fd: Some(pool.fd),
-            _mapping: Some(pool.mapping),
-        }))
+            mapping: Some(pool.mapping),
+        });
+        shared::populate_beside(&memory);
+        Ok(memory)
     }
 
     /// Private memory of this process, zero-filled; pages are allocated at first touch, huge ones where the system
@@ -142,7 +144,7 @@ impl Memory {
             kind: MemoryKind::Anonymous,
             paging: Paging::Base,
             fd: None,
-            _mapping: Some(mapping),
+            mapping: Some(mapping),
         }))
     }
 
@@ -170,7 +172,7 @@ impl Memory {
             kind: MemoryKind::Foreign,
             paging: Paging::Base,
             fd: None,
-            _mapping: None,
+            mapping: None,
         }))
     }
 
@@ -248,9 +250,19 @@ impl Mapping {
 
     /// `madvise` over the whole mapping; the errno is the error. Only for advice that discards nothing.
     fn advise(&self, advice: i32) -> Result<(), i32> {
+        self.advise_part(0, self.bytes, advice)
+    }
+
+    /// The same for `len` bytes from `offset` on, a multiple of the page size.
+    fn advise_part(&self, offset: usize, len: usize, advice: i32) -> Result<(), i32> {
         debug_assert!([libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE].contains(&advice));
+        assert!(
+            offset <= self.bytes && len <= self.bytes - offset,
+            "{len} bytes at {offset} of {}",
+            self.bytes
+        );
         // SAFETY: the range is this mapping's own, and the two kinds of advice given here change no byte of it.
-        if unsafe { libc::madvise(self.base.as_ptr().cast(), self.bytes, advice) } == 0 {
+        if unsafe { libc::madvise(self.base.as_ptr().wrapping_add(offset).cast(), len, advice) } == 0 {
             Ok(())
         } else {
             Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))

@@ -1,12 +1,13 @@
 //! Making and opening memfd pools: sealed, reserved in full, on huge pages where they can be had.
 
-use super::{HugePages, Mapping, OUT_OF_MEMORY, Paging, limits, round_up};
+use super::{HugePages, Mapping, Memory, OUT_OF_MEMORY, Paging, limits, round_up};
 use crate::error::SystemError;
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 /// A mapped memfd.
 pub(super) struct Pool {
@@ -18,8 +19,12 @@ pub(super) struct Pool {
 /// Size of the huge pages asked for explicitly.
 const HUGE: usize = 2 << 20;
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
-/// A received pool up to this size gets its page tables filled at import; a larger one at first touch.
-const POPULATE_AT_IMPORT: usize = 1 << 30;
+/// A received pool up to this size gets its page tables filled before it is used.
+const POPULATE_AT_IMPORT: usize = 4 << 20;
+/// Up to this size they are filled beside the first transfers; of a larger one at first touch only.
+const POPULATE_BESIDE: usize = 16 << 30;
+/// Filled at a time, so that whoever drops the memory meanwhile waits for this much at most.
+const SLICE: usize = 16 << 20;
 const FD_LIMIT: &str = "raise the limit of open files (ulimit -n)";
 const NO_HUGE: &str = "reserve huge pages (sysctl vm.nr_hugepages) or allow transparent ones \
      (/sys/kernel/mm/transparent_hugepage/shmem_enabled = advise), or set huge_pages to try";
@@ -129,6 +134,28 @@ pub(super) fn open(fd: OwnedFd, len: usize) -> Result<Pool> {
         let _ = pool.mapping.advise(libc::MADV_POPULATE_WRITE);
     }
     Ok(pool)
+}
+
+/// Fills the page tables of a received pool on a thread of its own: a quarter of a second for a gibibyte, for which neither the
+/// first request nor, on the progress thread, any other peer should wait. Pages that a transfer touches first are its own business.
+pub(super) fn populate_beside(memory: &Arc<Memory>) {
+    let bytes = memory.mapping.as_ref().map_or(0, |m| m.bytes);
+    if bytes <= POPULATE_AT_IMPORT || bytes > POPULATE_BESIDE || memory.paging == Paging::Explicit {
+        return;
+    }
+    let memory = Arc::downgrade(memory);
+    let started = crate::threads::spawn("kvxfer-populate", move || {
+        for offset in (0..bytes).step_by(SLICE) {
+            let Some(memory) = memory.upgrade() else { return };
+            let Some(mapping) = &memory.mapping else { return };
+            if mapping.advise_part(offset, SLICE.min(bytes - offset), libc::MADV_POPULATE_WRITE).is_err() {
+                return;
+            }
+        }
+    });
+    if let Err(e) = started {
+        tracing::debug!(error = %e, "page tables are filled at first touch");
+    }
 }
 
 fn memfd(extra: MemfdFlags) -> Result<OwnedFd> {

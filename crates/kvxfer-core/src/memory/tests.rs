@@ -38,6 +38,20 @@ fn a_second_mapping_sees_the_same_bytes() {
 }
 
 #[test]
+fn a_large_pool_can_be_used_and_dropped_while_its_page_tables_are_being_filled() {
+    let pool = Memory::shared(96 << 20, HugePages::Never).unwrap();
+    for round in 0..8u8 {
+        let peer = Memory::from_fd(pool.fd().unwrap().try_clone_to_owned().unwrap(), pool.len()).unwrap();
+        let at = u64::from(round) * (11 << 20);
+        peer.write_at(at, &[round + 1; 64]).unwrap();
+        drop(peer);
+        let mut seen = [0; 64];
+        pool.read_at(at, &mut seen).unwrap();
+        assert_eq!(seen, [round + 1; 64]);
+    }
+}
+
+#[test]
 fn a_pool_can_neither_shrink_nor_grow() {
     let pool = Memory::shared(4 << 20, HugePages::Try).unwrap();
     // Multiples of any page size the pool may have got.
