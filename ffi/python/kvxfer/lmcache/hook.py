@@ -23,6 +23,7 @@ ADDITIONS = {
     "lmcache.v1.cache_engine": "kvxfer.lmcache.hook:add_to_store",
     "lmcache.integration.vllm.vllm_v1_adapter": "kvxfer.lmcache.hook:add_to_adapter",
     "lmcache.v1.memory_management": "kvxfer.lmcache.memory:add_allocation",
+    "lmcache.v1.distributed.transfer_channel.factory": "kvxfer.lmcache.hook:add_factory",
 }
 CHANNEL = "kvxfer"
 _FACTORY = "CreateTransferChannel"
@@ -98,6 +99,17 @@ def add_pd_backend(module) -> None:
     PDBackendAsync.__qualname__ = original.__qualname__
     PDBackendAsync.__module__ = original.__module__
     replace(module, "PDBackendAsync", PDBackendAsync)
+
+
+def add_factory(module) -> None:
+    """Multi-process mode: a transfer engine of our name. What it is made of is loaded when one is made."""
+
+    def factory(**arguments):
+        from kvxfer.lmcache.mp import KvxferTransferChannelContext
+
+        return KvxferTransferChannelContext(**arguments)
+
+    module.register_transfer_channel_factory(CHANNEL, factory)
 
 
 def _our_backend(engine):

@@ -68,7 +68,7 @@ def fill(memory_object, seed, tokens=CHUNK):
 
 def serve(pipe, what, arguments):
     try:
-        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd}[what](pipe, *arguments)
+        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd, "l1": _serve_l1}[what](pipe, *arguments)
     except Exception as e:
         pipe.send(e)
 
@@ -224,3 +224,40 @@ def _serve_backend(pipe, mode, init, alloc):
             if mode == "sync":
                 received.ref_count_down()
             pipe.send(same)
+
+
+def _serve_l1(pipe, port):
+    """A cache server's transfer channel over its L1 memory."""
+    memory, context = l1_context(port)
+    pipe.send("up")
+    while True:
+        command, *arguments = pipe.recv()
+        if command == "fill":
+            offset, data = arguments
+            memory[offset : offset + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pipe.send(None)
+        elif command == "bytes":
+            offset, length = arguments
+            pipe.send(bytes(memory[offset : offset + length].numpy()))
+        elif command == "peers":
+            pipe.send(context.get_num_connected_clients())
+        elif command == "end":
+            context.close()
+            return pipe.send("ended")
+
+
+L1_BYTES = 16 << 20
+
+
+def l1_context(port):
+    """L1 memory of LMCache's and the context that LMCache's own factory makes for it."""
+    from kvxfer.lmcache import register
+
+    register()
+    from lmcache.v1.distributed.internal_api import L1MemoryDesc
+    from lmcache.v1.distributed.transfer_channel.factory import create_transfer_channel_context
+
+    memory = torch.zeros(L1_BYTES, dtype=torch.uint8)
+    described = L1MemoryDesc(ptr=memory.data_ptr(), size=L1_BYTES, align_bytes=4096)
+    url = f"127.0.0.1:{port}"
+    return memory, create_transfer_channel_context("kvxfer", described, listen_url=url, advertise_url=url)

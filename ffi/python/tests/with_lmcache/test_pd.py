@@ -17,17 +17,22 @@ SOON = 30
 class Decoder:
     """A receiver in a process of its own."""
 
+    what = "pd"
+
     def __init__(self, init, environment=None, **changes):
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         before = {name: os.environ.get(name) for name in environment or {}}
         os.environ.update(environment or {})
-        arguments = (theirs, "pd", (init, changes))
+        arguments = (theirs, self.what, self.arguments(init, changes))
         self.process = spawn.Process(target=far_side.serve, args=arguments, daemon=True)
         self.process.start()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         assert self.ask() == "up"
+
+    def arguments(self, init, changes):
+        return (init, changes)
 
     def ask(self, *command):
         if command:
