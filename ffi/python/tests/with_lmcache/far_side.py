@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 
 import torch
 
@@ -68,7 +69,7 @@ def fill(memory_object, seed, tokens=CHUNK):
 
 def serve(pipe, what, arguments):
     try:
-        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd, "l1": _serve_l1}[what](pipe, *arguments)
+        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd, "l1": _serve_l1, "p2p": _serve_p2p}[what](pipe, *arguments)
     except Exception as e:
         pipe.send(e)
 
@@ -261,3 +262,66 @@ def l1_context(port):
     described = L1MemoryDesc(ptr=memory.data_ptr(), size=L1_BYTES, align_bytes=4096)
     url = f"127.0.0.1:{port}"
     return memory, create_transfer_channel_context("kvxfer", described, listen_url=url, advertise_url=url)
+
+
+# Chunks of LMCache's default size: its P2P backend takes no other for full ones.
+P2P_CHUNK = 256
+
+
+def p2p_backend(name, init, lookup, worker, pull, reply):
+    """LMCache's P2P backend over its local CPU pool, known to LMCache's controller."""
+    from kvxfer.lmcache import register
+
+    register()
+    from lmcache.v1.cache_controller.worker import LMCacheWorker
+    from lmcache.v1.config import LMCacheEngineConfig
+    from lmcache.v1.pin_monitor import PinMonitor
+    from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
+    from lmcache.v1.storage_backend.p2p_backend import P2PBackend
+
+    config = LMCacheEngineConfig.from_defaults(
+        chunk_size=P2P_CHUNK,
+        local_cpu=True,
+        max_local_cpu_size=64 / 1024,
+        save_unfull_chunk=False,
+        enable_p2p=True,
+        p2p_host="127.0.0.1",
+        p2p_init_ports=[init],
+        p2p_lookup_ports=[lookup],
+        transfer_channel="kvxfer",
+        enable_controller=True,
+        lmcache_instance_id=name,
+        controller_pull_url=f"127.0.0.1:{pull}",
+        controller_reply_url=f"127.0.0.1:{reply}",
+        lmcache_worker_ports=[worker],
+        extra_config={"p2p_max_retry_count": 1, "p2p_socket_recv_timeout_ms": 3000},
+    )
+    PinMonitor.GetOrCreate(config)
+    known = LMCacheWorker(config, metadata(), None)
+    # One event loop for both: they share a socket of LMCache's, which loses answers when two loops take turns at it. And no
+    # lookup before the registration is over, for the same reason.
+    loop = known.loop
+    time.sleep(2)
+    local = LocalCPUBackend(config, metadata(), "cpu", lmcache_worker=known)
+    return loop, local, P2PBackend(config, metadata(), loop, local, known)
+
+
+def keep(local, numbers):
+    """Puts chunks into the local CPU pool, where their keys become known to the controller."""
+    from lmcache.v1.memory_management import MemoryFormat
+
+    for n in numbers:
+        memory_object = local.allocate(torch.Size((2, LAYERS, P2P_CHUNK, HEADS * HEAD_SIZE)), torch.bfloat16, MemoryFormat.KV_2LTD)
+        fill(memory_object, n, P2P_CHUNK)
+        local.submit_put_task(key(n), memory_object)
+        memory_object.ref_count_down()
+
+
+def _serve_p2p(pipe, *arguments):
+    _, local, _ = p2p_backend(*arguments)
+    pipe.send("up")
+    while True:
+        command, *rest = pipe.recv()
+        if command == "keep":
+            keep(local, rest[0])
+            pipe.send(None)
