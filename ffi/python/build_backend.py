@@ -59,7 +59,7 @@ def _alone():
 def _prepared(config_settings):
     """Header and command in place; the settings with the arguments that both builds use."""
     arguments = _arguments(config_settings)
-    _write_header(arguments)
+    _prepare_target(arguments)
     build_command.build(ROOT, arguments)
     return {"maturin.build-args": arguments}
 
@@ -104,7 +104,7 @@ def _has_libclang():
     return any("libclang" in n and "libclang-cpp" not in n for n in names)
 
 
-def _write_header(arguments):
+def _prepare_target(arguments):
     if not HEADER.is_file():
         raise SystemExit(f"kvxfer: {HEADER} is missing; the wheel is built from a clone of the whole repository")
     metadata = subprocess.run(
@@ -117,6 +117,9 @@ def _write_header(arguments):
         build_command.value(arguments, "--target-dir") or json.loads(metadata.stdout)["target_directory"]
     )
     target.mkdir(parents=True, exist_ok=True)
+    # maturin keeps the library of its last run there, newer ones as a link to cargo's own file, through which an older one
+    # that copies would empty it.
+    shutil.rmtree(target / "maturin", ignore_errors=True)
     (target / "header.h").write_text(reduced(HEADER.read_text()))
 
 
