@@ -57,6 +57,27 @@ class LMCacheEngine:
     def lookup_unpin(self, lookup_id):
         pass
 """,
+    "lmcache/v1/storage_backend/pd_backend_async.py": """
+from lmcache.v1.transfer_channel import CreateTransferChannel
+
+
+class PDBackendAsync:
+    def __init__(self, config, metadata):
+        CreateTransferChannel(config.transfer_channel, True, "sender", 0, 0, 0, 0, "")
+""",
+    "lmcache/v1/memory_management.py": """
+from lmcache.logging import init_logger
+
+logger = init_logger(__name__)
+
+
+def _allocate_cpu_memory(size, numa_mapping=None, shm_name=None, use_hugepages=False):
+    pass
+
+
+def _free_cpu_memory(buffer, size=None, numa_mapping=None, shm_name=None, use_hugepages=False):
+    pass
+""",
     "lmcache/integration/vllm/vllm_v1_adapter.py": """
 class LMCacheConnectorV1Impl:
     def get_finished(self, finished_req_ids):
@@ -67,19 +88,23 @@ class LMCacheConnectorV1Impl:
 """,
 }
 USE = """
-import importlib, json, sys
+import importlib, json, sys, types
 from kvxfer.lmcache import register
 from kvxfer.lmcache.hook import refusals
 
 register()
 changed = []
 for name in {modules}:
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
     for holder in (module, *(thing for thing in vars(module).values() if isinstance(thing, type))):
         changed += [key for key, thing in vars(holder).items() if hasattr(getattr(thing, "__func__", thing), "__wrapped__")]
 refused = dict(refusals)
 print("channels", file=sys.stderr)
 create = sys.modules["lmcache.v1.transfer_channel"].CreateTransferChannel
+pd = sys.modules.get("lmcache.v1.storage_backend.pd_backend_async")
 arguments = [False, "sender", 0, 0, 0, 0, ""]
 said = {{"nixl": create("nixl", *arguments)}}
 for channel in ("kvxfer", "carrier pigeon"):
@@ -87,6 +112,11 @@ for channel in ("kvxfer", "carrier pigeon"):
         create(channel, *arguments)
     except Exception as e:
         said[channel] = f"{{type(e).__name__}}: {{e}}"
+if pd is not None:
+    try:
+        pd.PDBackendAsync(types.SimpleNamespace(transfer_channel="kvxfer"), None)
+    except Exception as e:
+        said["pd"] = f"{{type(e).__name__}}: {{e}}"
 print(json.dumps({{"said": said, "refusals": refused, "changed": changed}}))
 """
 
@@ -103,8 +133,10 @@ class Answer:
 def lmcache(tmp_path):
     """Makes such a folder, and loads it in a process of its own."""
 
-    def run(version="0.9.0", without=("", ""), **environment):
+    def run(version="0.9.0", without=("", ""), gone="", **environment):
         for file, text in MODULES.items():
+            if file == gone:
+                continue
             path = tmp_path / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text.replace(*without))
@@ -165,13 +197,14 @@ def test_strict_refuses_another_version(lmcache):
     answer = lmcache("0.9.0", KVXFER_COMPAT="strict")
     assert list(answer.refusals) == ["LMCache"]
     # All as it was, but for the function that says why.
-    assert answer.changed == ["CreateTransferChannel"]
+    assert set(answer.changed) == {"CreateTransferChannel"}
     assert answer.said["nixl"] == "nixl"
     assert answer.said["carrier pigeon"].startswith("AssertionError")
     assert answer.said["kvxfer"].startswith(
         "Unsupported: transfer_channel: 'kvxfer' does not fit this LMCache (0.9.0): "
     )
     assert "KVXFER_COMPAT is strict" in answer.said["kvxfer"]
+    assert answer.said["pd"] == answer.said["kvxfer"]
 
 
 def test_strict_takes_a_tested_version(lmcache):
@@ -197,11 +230,20 @@ def test_what_lacks_something_is_refused_as_a_whole(lmcache, without, sentence, 
     assert answer.said["nixl"] == "nixl"
     assert answer.said["kvxfer"].startswith("Unsupported: transfer_channel: 'kvxfer' does not fit this LMCache (0.9.0)")
     assert sentence in answer.said["kvxfer"] and "tested with LMCache 0.5.6" in answer.said["kvxfer"]
+    assert answer.said["pd"] == answer.said["kvxfer"]
 
 
 def test_a_module_that_does_not_fit_stays_as_it_is(lmcache):
     answer = lmcache("0.9.0", ("def request_finished", "def ended"))
     assert "get_finished" not in answer.changed
+
+
+@pytest.mark.parametrize("gone", [file for file in MODULES if "logging" not in file and "channel" not in file])
+def test_a_module_that_is_gone_is_missed_when_a_channel_is_made(lmcache, gone):
+    answer = lmcache("0.9.0", gone=gone)
+    name = gone.removesuffix(".py").replace("/", ".")
+    assert f"there is no module {name}" in answer.said["kvxfer"]
+    assert answer.said["nixl"] == "nixl"
 
 
 def test_an_unknown_word_in_the_variable_is_an_error(lmcache):

@@ -110,12 +110,23 @@ def check_fit() -> None:
 
 def _ours(module: str, name: str):
     """Something of ours that builds on LMCache's classes."""
+    for theirs in ADDITIONS:
+        # One that is gone is never loaded, and so was never compared.
+        if theirs not in sys.modules and not _exists(theirs):
+            _refuse(theirs, f"there is no module {theirs}")
     check_fit()
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as e:
         _refuse(module, f"LMCache lacks what {module} builds on: {e}")
         check_fit()
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _say_why(package) -> None:
