@@ -6,7 +6,7 @@ KVXFER := $(PROFILE_DIR)/kvxfer
 FEATURES = $(shell scripts/features.sh)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench bench-proxy demo-vllm test-vllm doctor install fuzz doc clean
+.PHONY: help setup setup-test build demo test test-rust test-python lint fmt header bench bench-proxy demo-vllm test-vllm doctor install wheel fuzz doc clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ test-vllm: setup-test test-python ## kvxfer's PD backend with real vLLM servers:
 
 install: build ## library, headers, pkg-config, CMake package and command into PREFIX (DESTDIR is honoured)
 	scripts/install.sh $(PREFIX)
+
+wheel: setup ## the release wheel with its manylinux tag, in dist/
+	scripts/wheel.sh
 
 fuzz: ## every decoder under libFuzzer for a minute each (needs cargo-fuzz and a nightly toolchain)
 	scripts/fuzz.sh

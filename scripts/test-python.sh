@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# test-python.sh [PYTEST ARGUMENTS]: builds the wheel (dev profile, cargo's usual target folder), installs it into a virtual
-# environment in build/, and runs ffi/python/tests against the installed wheel.
+# test-python.sh [PYTEST ARGUMENTS]: builds the wheel (dev profile, cargo's usual target folder), looks at it in a fresh
+# environment (check-wheel.sh), checks the types (mypy), installs it into a virtual environment in build/, and runs
+# ffi/python/tests against the installed wheel.
 #
 # The tests of the LMCache channel need the real LMCache. They run with the installation of `make demo-vllm`
 # (KVXFER_E2E_HOME, default ~/.cache/kvxfer-e2e) where that exists; otherwise they say SKIPPED.
@@ -12,11 +13,12 @@ venv=$build/venv
 python=${PYTHON:-python3}
 mkdir -p "$build"
 
-if [ ! -f "$venv/.complete" ]; then
+packages=("maturin>=1.9,<2" "cffi>=1.16" "pytest>=8" numpy "mypy>=1.11")
+if [ "$(cat "$venv/.complete" 2>/dev/null)" != "${packages[*]}" ]; then
   rm -rf "$venv"
   "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "maturin>=1.9,<2" "cffi>=1.16" "pytest>=8" numpy
-  touch "$venv/.complete"
+  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "${packages[@]}"
+  echo "${packages[*]}" >"$venv/.complete"
 fi
 
 echo "test-python: building the wheel"
@@ -25,7 +27,11 @@ features=$(scripts/features.sh 2>/dev/null)
 PATH=$venv/bin:$PATH MATURIN_PEP517_ARGS="--profile=dev $features" "$venv/bin/python" -m pip --disable-pip-version-check wheel \
   --quiet --no-deps --no-build-isolation --wheel-dir "$build/wheels" ./ffi/python
 wheel=$(echo "$build"/wheels/kvxfer-*.whl)
+PYTHON=$venv/bin/python scripts/check-wheel.sh "$wheel"
 "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --force-reinstall "$wheel"
+
+echo "test-python: the types"
+(cd ffi/python && "$venv/bin/python" -m mypy --cache-dir "$build/mypy")
 
 # From a folder of its own, so that the installed package is tested and not the source beside the tests.
 mkdir -p "$build/run"

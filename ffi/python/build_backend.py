@@ -1,9 +1,15 @@
-"""Builds the wheel: maturin, after the C header has been put where maturin looks for it.
+"""Builds the wheel: maturin, with the C header and the `kvxfer` command put where it looks for them.
 
 maturin's cffi bindings parse `header.h` in cargo's target folder. cffi knows declarations but no preprocessor, so the
 checked-in `include/kvxfer.h` is reduced to what cffi understands. One source of truth, and no cbindgen needed here.
+
+maturin builds one crate, as bindings or as a binary. The command is another crate: cargo builds it here, and maturin finds it
+in its data folder (`data` in pyproject.toml), whose `scripts/` installers copy to `bin/`. So the command is the plain
+executable, on the PATH, without an interpreter in front; `build_command.py` has the rest.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -13,7 +19,9 @@ import subprocess
 import sys
 
 import maturin
-from maturin import get_requires_for_build_wheel, prepare_metadata_for_build_wheel
+from maturin import get_requires_for_build_wheel
+
+import build_command
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -21,25 +29,50 @@ HEADER = ROOT / "include" / "kvxfer.h"
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _write_header()
-    return maturin.build_wheel(wheel_directory, _settings(config_settings), metadata_directory)
+    with _alone():
+        return maturin.build_wheel(wheel_directory, _prepared(config_settings), metadata_directory)
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _write_header()
-    return maturin.build_editable(wheel_directory, _settings(config_settings), metadata_directory)
+    with _alone():
+        return maturin.build_editable(wheel_directory, _prepared(config_settings), metadata_directory)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    # maturin wants its data folder to be there, though it reads none of it here.
+    build_command.data_folder(ROOT)
+    return maturin.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
 prepare_metadata_for_build_editable = prepare_metadata_for_build_wheel
 
 
-def _settings(config_settings):
-    """What the caller asked for, and without NIXL and CUDA where the machine cannot build them."""
-    settings = dict(config_settings or {})
-    if "build-args" not in settings and "MATURIN_PEP517_ARGS" not in os.environ and not _can_build_nixl():
-        settings["build-args"] = "--no-default-features"
-    return settings
+@contextlib.contextmanager
+def _alone():
+    """One build at a time in a clone: two would put each other's command into their wheels."""
+    with open(build_command.data_folder(ROOT).with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _prepared(config_settings):
+    """Header and command in place; the settings with the arguments that both builds use."""
+    arguments = _arguments(config_settings)
+    _prepare_target(arguments)
+    build_command.build(ROOT, arguments)
+    return {"maturin.build-args": arguments}
+
+
+def _arguments(config_settings):
+    """What the caller asked maturin for; a profile where none was named; without NIXL and CUDA where they cannot be built."""
+    arguments = list(maturin.get_maturin_pep517_args(config_settings))
+    if not build_command.names(arguments, "--profile", "--release", "-r"):
+        arguments.append("--profile=release")
+    chosen = build_command.names(arguments, "--features", "-F", "--all-features", "--no-default-features")
+    if not chosen and not _can_build_nixl():
+        arguments.append("--no-default-features")
+    return arguments
 
 
 def _can_build_nixl():
@@ -71,7 +104,7 @@ def _has_libclang():
     return any("libclang" in n and "libclang-cpp" not in n for n in names)
 
 
-def _write_header():
+def _prepare_target(arguments):
     if not HEADER.is_file():
         raise SystemExit(f"kvxfer: {HEADER} is missing; the wheel is built from a clone of the whole repository")
     metadata = subprocess.run(
@@ -80,8 +113,13 @@ def _write_header():
         text=True,
         check=True,
     )
-    target = pathlib.Path(json.loads(metadata.stdout)["target_directory"])
+    target = pathlib.Path(
+        build_command.value(arguments, "--target-dir") or json.loads(metadata.stdout)["target_directory"]
+    )
     target.mkdir(parents=True, exist_ok=True)
+    # maturin keeps the library of its last run there, newer ones as a link to cargo's own file, through which an older one
+    # that copies would empty it.
+    shutil.rmtree(target / "maturin", ignore_errors=True)
     (target / "header.h").write_text(reduced(HEADER.read_text()))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from kvxfer._native import ffi, lib
 from kvxfer.errors import InvalidArgument, check
@@ -24,7 +25,7 @@ TRANSPORTS = {
 }
 
 
-def choice(argument: str, table: dict, value):
+def choice(argument: str, table: Mapping[Any, int], value: str | None) -> int:
     """A number of the C interface for a word."""
     try:
         return table[value]
@@ -45,18 +46,18 @@ def milliseconds(argument: str, seconds: float | None) -> int:
     return int(-(-seconds * 1000 // 1))
 
 
-def c_text(value: str | bytes):
+def c_text(value: str | bytes) -> bytes:
     """NUL-terminated text."""
     return value.encode() if isinstance(value, str) else value
 
 
-def c_texts(values: str | Iterable[str]) -> tuple:
+def c_texts(values: str | Iterable[str]) -> tuple[tuple[Any, Any], int]:
     """An array of texts with what keeps them alive, and its length."""
     kept = [ffi.new("char[]", c_text(v)) for v in ([values] if isinstance(values, str) else values)]
     return (ffi.new("char *[]", kept), kept) if kept else (ffi.NULL, kept), len(kept)
 
 
-def text_of(call: Callable, *arguments) -> str:
+def text_of(call: Callable[..., int], *arguments: Any) -> str:
     """Text from a function that fills a buffer: asked again with more room while the text grows."""
     length = ffi.new("size_t *")
     capacity = 256
@@ -67,10 +68,10 @@ def text_of(call: Callable, *arguments) -> str:
             capacity = max(2 * capacity, length[0] + 1024)
             continue
         check(code)
-        return ffi.unpack(buffer, length[0]).decode("utf-8", "replace")
+        return bytes(ffi.unpack(buffer, length[0])).decode("utf-8", "replace")
 
 
-def handle(kind: str, free: Callable, call: Callable, *arguments):
+def handle(kind: str, free: Callable[[Any], None], call: Callable[..., int], *arguments: Any) -> Any:
     """A new handle from a function whose last argument is where it goes; freed when the object is."""
     out = ffi.new(f"{kind} **")
     check(call(*arguments, out))

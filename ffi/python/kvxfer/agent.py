@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ class Agent:
             self._own(lib.kvxfer_agent_new_from_json, c_text(json.dumps(dict(config))), flags)
         return self
 
-    def _own(self, new, *arguments) -> None:
+    def _own(self, new: Callable[..., int], *arguments: Any) -> None:
         out = ffi.new("kvxfer_agent_t **")
         check(new(*arguments, out))
         self._handle = out[0]
@@ -104,7 +104,7 @@ class Agent:
     def __enter__(self) -> Agent:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -119,7 +119,7 @@ class Agent:
         """New at each start, and larger than the one before."""
         out = ffi.new("uint64_t *")
         check(lib.kvxfer_agent_epoch(self._handle, out))
-        return out[0]
+        return int(out[0])
 
     @property
     def addresses(self) -> list[str]:
@@ -139,7 +139,7 @@ class Agent:
     def _has_peers(self) -> bool:
         length = ffi.new("size_t *")
         check(lib.kvxfer_agent_peers(self._handle, ffi.NULL, 0, length))
-        return length[0] > 0
+        return bool(length[0] > 0)
 
     def allocate(self, length: int) -> Region:
         """Shareable, zeroed memory, registered. Peers on the same host reach such memory fastest."""
@@ -197,7 +197,7 @@ class Agent:
         return await self._events.wait_for(self.try_notification)
 
     @staticmethod
-    def _notification(take, *arguments) -> Notification | None:
+    def _notification(take: Callable[..., int], *arguments: Any) -> Notification | None:
         name = ffi.new("char[]", lib.KVXFER_MAX_NAME + 1)
         payload = ffi.new("char[]", lib.KVXFER_MAX_NOTIFICATION)
         length = ffi.new("size_t *")
@@ -216,7 +216,7 @@ class Agent:
 class Peer:
     """A connected remote agent of one epoch. Once it is gone, calls fail with `PeerGone`; connect again to reach its successor."""
 
-    def __init__(self, agent: Agent, peer):
+    def __init__(self, agent: Agent, peer: Any):
         self._agent, self._handle = agent, peer
 
     def __repr__(self) -> str:
@@ -230,13 +230,13 @@ class Peer:
     def epoch(self) -> int:
         out = ffi.new("uint64_t *")
         check(lib.kvxfer_peer_epoch(self._handle, out))
-        return out[0]
+        return int(out[0])
 
     @property
     def is_up(self) -> bool:
         """False once the peer is gone, and on a closed agent."""
         out = ffi.new("kvxfer_result_t *")
-        return lib.kvxfer_peer_state(self._handle, out) == lib.KVXFER_OK and out[0] == lib.KVXFER_OK
+        return bool(lib.kvxfer_peer_state(self._handle, out) == lib.KVXFER_OK and out[0] == lib.KVXFER_OK)
 
     @property
     def paths(self) -> list[tuple[str, str]]:
@@ -252,22 +252,8 @@ class Peer:
             handle("kvxfer_remote_region_t", free, lib.kvxfer_peer_region, self._handle, c_text(name), deadline)
         )
 
-    def write(self, local: Region, remote: RemoteRegion, pieces: Pieces, **options) -> Transfer:
-        """Starts moving local bytes to the peer; does not block.
-
-        `pieces` are (local offset, remote offset, length) in bytes, or the same as a buffer of unsigned 64-bit numbers. Options:
-        `timeout` in seconds; `notify`, bytes that the peer is sent once every byte has landed; `integrity` (`off`, `bound`,
-        `full`); `transport`, the one to use. Ranges are checked before anything moves.
-        """
-        return self._submit(lib.kvxfer_peer_write, local, remote, pieces, **options)
-
-    def read(self, local: Region, remote: RemoteRegion, pieces: Pieces, **options) -> Transfer:
-        """Starts moving the peer's bytes here; otherwise as `write`."""
-        return self._submit(lib.kvxfer_peer_read, local, remote, pieces, **options)
-
-    def _submit(
+    def write(
         self,
-        call,
         local: Region,
         remote: RemoteRegion,
         pieces: Pieces,
@@ -276,6 +262,39 @@ class Peer:
         notify: bytes | None = None,
         integrity: str | None = None,
         transport: str | None = None,
+    ) -> Transfer:
+        """Starts moving local bytes to the peer; does not block.
+
+        `pieces` are (local offset, remote offset, length) in bytes, or the same as a buffer of unsigned 64-bit numbers. Options:
+        `timeout` in seconds; `notify`, bytes that the peer is sent once every byte has landed; `integrity` (`off`, `bound`,
+        `full`); `transport`, the one to use. Ranges are checked before anything moves.
+        """
+        return self._submit(lib.kvxfer_peer_write, local, remote, pieces, timeout, notify, integrity, transport)
+
+    def read(
+        self,
+        local: Region,
+        remote: RemoteRegion,
+        pieces: Pieces,
+        *,
+        timeout: float | None = None,
+        notify: bytes | None = None,
+        integrity: str | None = None,
+        transport: str | None = None,
+    ) -> Transfer:
+        """Starts moving the peer's bytes here; otherwise as `write`."""
+        return self._submit(lib.kvxfer_peer_read, local, remote, pieces, timeout, notify, integrity, transport)
+
+    def _submit(
+        self,
+        call: Callable[..., int],
+        local: Region,
+        remote: RemoteRegion,
+        pieces: Pieces,
+        timeout: float | None,
+        notify: bytes | None,
+        integrity: str | None,
+        transport: str | None,
     ) -> Transfer:
         packed, count = pack(pieces)
         options = ffi.new("kvxfer_transfer_options_t *")
@@ -311,13 +330,13 @@ class Peer:
 class RemoteRegion:
     """A region that a peer exports."""
 
-    def __init__(self, remote):
+    def __init__(self, remote: Any):
         self._handle = remote
 
     def __len__(self) -> int:
         out = ffi.new("uint64_t *")
         check(lib.kvxfer_remote_region_length(self._handle, out))
-        return out[0]
+        return int(out[0])
 
     @property
     def transports(self) -> list[str]:

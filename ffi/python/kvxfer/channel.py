@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -46,7 +46,7 @@ class Geometry:
     tp_rank: int = 0
     tp_size: int = 0
 
-    def _c(self) -> tuple[Any, list]:
+    def _c(self) -> tuple[Any, list[Any]]:
         """The struct, and what it points at."""
         out = ffi.new("kvxfer_geometry_t *")
         out.struct_size = ffi.sizeof("kvxfer_geometry_t")
@@ -150,7 +150,7 @@ class Receiver:
     def __enter__(self) -> Receiver:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -204,8 +204,8 @@ class Receiver:
         return PoolStats(*(getattr(out, field.name) for field in fields(PoolStats)))
 
 
-def _freeing(memory: Any):
-    def free(receiver) -> None:
+def _freeing(memory: Any) -> Callable[[Any], None]:
+    def free(receiver: Any) -> None:
         lib.kvxfer_receiver_free(receiver)
         # Held until here: the pool may lie in it.
         _ = memory
@@ -216,25 +216,25 @@ def _freeing(memory: Any):
 class Chunk:
     """A published chunk, pinned: its bytes stay as they are until it is released. A context manager."""
 
-    def __init__(self, chunk):
+    def __init__(self, chunk: Any):
         self._handle = chunk
 
     def __len__(self) -> int:
-        return self._data()[1]
+        return int(self._data()[1])
 
     @property
     def page(self) -> int:
         """Number of its page."""
         out = ffi.new("uint32_t *")
         check(lib.kvxfer_chunk_page(self._handle, out, ffi.NULL))
-        return out[0]
+        return int(out[0])
 
     @property
     def data(self) -> memoryview:
         """The valid bytes. The chunk stays pinned as long as a view of them is in use."""
         address, length = self._data()
         owner = (ctypes.c_ubyte * length).from_address(int(ffi.cast("uintptr_t", address)))
-        owner.kvxfer_chunk = self._handle
+        owner.kvxfer_chunk = self._handle  # type: ignore[attr-defined]
         return memoryview(owner).cast("B").toreadonly()
 
     def release(self) -> None:
@@ -244,10 +244,10 @@ class Chunk:
     def __enter__(self) -> Chunk:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _data(self) -> tuple:
+    def _data(self) -> tuple[Any, int]:
         data, length = ffi.new("void const **"), ffi.new("uint64_t *")
         check(lib.kvxfer_chunk_data(self._handle, data, length))
         return data[0], length[0]
@@ -293,15 +293,15 @@ class Sender:
     ) -> Delivery:
         """Reserves, writes and commits a request: chunks of (key, region, runs), where runs are (offset, length) in the region, in
         the order of the chunk's bytes. Returns at once; the bytes must not change until the delivery has ended."""
-        chunks = [(key, region, list(runs)) for key, region, runs in chunks]
-        sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(chunks)), []
-        for source, (key, region, runs) in zip(sources, chunks, strict=True):
+        parts = [(key, region, list(runs)) for key, region, runs in chunks]
+        sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(parts)), []
+        for source, (key, region, runs) in zip(sources, parts, strict=True):
             text, packed = ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", runs)
             kept += [text, packed]
             source.key, source.region, source.runs, source.run_count = text, region._handle, packed, len(runs)
-        arguments = (self._handle, c_text(request), sources, len(chunks), milliseconds("timeout", timeout))
+        arguments = (self._handle, c_text(request), sources, len(parts), milliseconds("timeout", timeout))
         delivery = handle("kvxfer_delivery_t", lib.kvxfer_delivery_free, lib.kvxfer_sender_send, *arguments)
-        return Delivery(self._agent, delivery, [region for _, region, _ in chunks])
+        return Delivery(self._agent, delivery, [region for _, region, _ in parts])
 
     def reserve(self, request: str, chunks: Iterable[tuple[str, int]], timeout: float | None = None) -> Reservation:
         """Declares a request: chunks of (key, valid bytes). Its pages are granted all at once."""
@@ -320,7 +320,7 @@ class Sender:
 class Reservation:
     """A request under way: declared, then admitted, then written chunk by chunk. One that is dropped before `finish` is aborted."""
 
-    def __init__(self, agent: Agent, reservation):
+    def __init__(self, agent: Agent, reservation: Any):
         self._agent, self._handle = agent, reservation
         self._regions: list[Region] = []
 
@@ -347,7 +347,7 @@ class Reservation:
 class Delivery:
     """A request whose chunks have all been handed over. Can be waited for, polled and awaited."""
 
-    def __init__(self, agent: Agent, delivery, regions: list[Region]):
+    def __init__(self, agent: Agent, delivery: Any, regions: list[Region]):
         self._agent, self._handle, self._regions = agent, delivery, regions
 
     def poll(self) -> DeliveryReport | None:
@@ -370,7 +370,7 @@ class Delivery:
             if end is not None and time.monotonic() >= end:
                 raise TimedOut(f"the request did not end within {timeout} s; it goes on", lib.KVXFER_TIMED_OUT)
 
-    def __await__(self):
+    def __await__(self) -> Generator[Any, None, DeliveryReport]:
         return self._wait_async().__await__()
 
     async def _wait_async(self) -> DeliveryReport:

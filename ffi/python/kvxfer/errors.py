@@ -6,6 +6,8 @@ Each carries the stable number of the C interface (`code`), its name (`name`) an
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvxfer._native import ffi, lib
 
 
@@ -26,7 +28,7 @@ class KvxferError(Exception):
         """True when the same call may succeed later or with another peer."""
         return bool(lib.kvxfer_result_is_retryable(self.code))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (str(self), self.code))
 
 
@@ -140,5 +142,5 @@ def check(code: int) -> None:
         raise error(code, _text(lib.kvxfer_last_error()) or _text(lib.kvxfer_result_name(code)))
 
 
-def _text(pointer) -> str:
+def _text(pointer: Any) -> str:
     return ffi.string(pointer).decode("utf-8", "replace")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvxfer._native import ffi, lib
 from kvxfer.errors import Closed, check
@@ -20,16 +20,16 @@ T = TypeVar("T")
 class _Waiter:
     __slots__ = ("attempt", "future", "loop", "settled")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, attempt: Callable):
+    def __init__(self, loop: asyncio.AbstractEventLoop, attempt: Callable[[], Any]):
         self.loop, self.attempt = loop, attempt
-        self.future: asyncio.Future = loop.create_future()
+        self.future: asyncio.Future[Any] = loop.create_future()
         self.settled = False
 
 
 class Events:
     """The waiters of one agent. Any thread, any number of loops."""
 
-    def __init__(self, agent):
+    def __init__(self, agent: Any):
         self._agent = agent
         out = ffi.new("int *")
         check(lib.kvxfer_agent_event_fd(agent, out))
@@ -53,7 +53,8 @@ class Events:
         try:
             # After entering the list, so that no event is missed in between.
             self._try(waiter)
-            return await waiter.future
+            result: T = await waiter.future
+            return result
         finally:
             with self._lock:
                 if waiter in self._waiters:
@@ -75,7 +76,7 @@ class Events:
         for loop in loops:
             removed = threading.Event()
 
-            def remove(loop=loop, removed=removed):
+            def remove(loop: asyncio.AbstractEventLoop = loop, removed: threading.Event = removed) -> None:
                 loop.remove_reader(self._fd)
                 removed.set()
 
@@ -112,8 +113,8 @@ class Events:
         self._settle(waiter, result, failure)
 
     @staticmethod
-    def _settle(waiter: _Waiter, result, failure) -> None:
-        def settle():
+    def _settle(waiter: _Waiter, result: Any, failure: BaseException | None) -> None:
+        def settle() -> None:
             if waiter.future.done():
                 return
             if failure is not None:

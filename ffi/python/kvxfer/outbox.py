@@ -90,20 +90,20 @@ class Outbox:
     ) -> int:
         """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
         change until `Released` names it. `total` in the first batch is how many chunks the whole request will have."""
-        chunks = [(key, region, list(runs)) for key, region, runs in chunks]
-        sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(chunks)), []
-        for source, (key, region, runs) in zip(sources, chunks, strict=True):
+        parts = [(key, region, list(runs)) for key, region, runs in chunks]
+        sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(parts)), []
+        for source, (key, region, runs) in zip(sources, parts, strict=True):
             text, packed = ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", runs)
             kept += [text, packed]
             source.key, source.region, source.runs, source.run_count = text, region._handle, packed, len(runs)
         batch = ffi.new("kvxfer_batch_t *")
         batch.struct_size = ffi.sizeof("kvxfer_batch_t")
         name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
-        batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(chunks)
+        batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)
         batch.total, batch.first, batch.last = total, first, last
         number = ffi.new("uint64_t *")
         check(lib.kvxfer_outbox_put(self._handle, batch, number))
-        return number[0]
+        return int(number[0])
 
     def abort(self, request: str, why: int = lib.KVXFER_CANCELLED) -> bool:
         """Gives a request up; False when none of that name is under way."""
@@ -150,5 +150,5 @@ class Outbox:
     def __enter__(self) -> Outbox:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

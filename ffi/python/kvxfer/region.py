@@ -23,10 +23,10 @@ _lingering: list[tuple[Any, Any]] = []
 _lingering_lock = threading.Lock()
 
 
-def keep_until_free(keep: Any) -> Callable:
+def keep_until_free(keep: Any) -> Callable[[Any], None]:
     """A destructor of a region's handle, which holds on to the memory until the library has let go of it."""
 
-    def free(region) -> None:
+    def free(region: Any) -> None:
         with _lingering_lock:
             _lingering.append((region, keep))
             _lingering[:] = [(r, k) for r, k in _lingering if lib.kvxfer_region_free(r) == lib.KVXFER_BUSY]
@@ -37,12 +37,12 @@ def keep_until_free(keep: Any) -> Callable:
 class Region:
     """Registered memory of this process, from `Agent.allocate` or `Agent.register`. A context manager."""
 
-    def __init__(self, agent: Agent, region, keep: Any):
+    def __init__(self, agent: Agent, region: Any, keep: Any):
         self._agent, self._handle, self._keep = agent, region, keep
-        self._view: weakref.ref | None = None
+        self._view: weakref.ref[Any] | None = None
 
     def __len__(self) -> int:
-        return self._base_and_length()[1]
+        return int(self._base_and_length()[1])
 
     @property
     def address(self) -> int:
@@ -54,7 +54,7 @@ class Region:
         """Unique within the agent."""
         out = ffi.new("uint64_t *")
         check(lib.kvxfer_region_id(self._handle, out))
-        return out[0]
+        return int(out[0])
 
     @property
     def memory(self) -> memoryview:
@@ -63,7 +63,7 @@ class Region:
         if owner is None:
             owner = (ctypes.c_ubyte * len(self)).from_address(self.address)
             # A view may outlive this object, never the memory.
-            owner.kvxfer_region = self._handle
+            owner.kvxfer_region = self._handle  # type: ignore[attr-defined]
             self._view = weakref.ref(owner)
         return memoryview(owner).cast("B")
 
@@ -86,13 +86,13 @@ class Region:
     def __enter__(self) -> Region:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return "<kvxfer.Region, closed>" if self._handle is None else f"<kvxfer.Region of {len(self)} bytes>"
 
-    def _base_and_length(self) -> tuple:
+    def _base_and_length(self) -> tuple[Any, int]:
         base, length = ffi.new("void **"), ffi.new("uint64_t *")
         check(lib.kvxfer_region_memory(self._handle, base, length))
         return base[0], length[0]

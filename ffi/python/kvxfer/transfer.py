@@ -12,11 +12,13 @@ from kvxfer._native import ffi, lib
 from kvxfer.errors import InvalidArgument, TimedOut, check
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from kvxfer.agent import Agent
     from kvxfer.region import Region
 
 # (local offset, remote offset, length), or a buffer of unsigned 64-bit numbers, three a piece.
-Pieces = Union[Iterable[tuple[int, int, int]], "memoryview", Any]
+Pieces = Union[Iterable[tuple[int, int, int]], "Buffer"]
 
 # A blocking wait comes back this often so that Ctrl-C is heard.
 _SLICE_S = 0.25
@@ -44,7 +46,7 @@ class TransferReport:
 class Transfer:
     """A transfer under way or finished. Can be waited for, polled, awaited and cancelled. Dropping it does not cancel it."""
 
-    def __init__(self, agent: Agent, transfer, count: int, local: Region):
+    def __init__(self, agent: Agent, transfer: Any, count: int, local: Region):
         self._agent, self._handle, self._count = agent, transfer, count
         # The local memory stays while bytes may still move.
         self._local = local
@@ -54,12 +56,12 @@ class Transfer:
         """Unique within the agent, as logs show it."""
         out = ffi.new("uint64_t *")
         check(lib.kvxfer_transfer_id(self._handle, out))
-        return out[0]
+        return int(out[0])
 
     @property
     def done(self) -> bool:
         """True once it has ended, well or not: no byte changes any more."""
-        return lib.kvxfer_transfer_poll(self._handle) != lib.KVXFER_IN_PROGRESS
+        return bool(lib.kvxfer_transfer_poll(self._handle) != lib.KVXFER_IN_PROGRESS)
 
     def poll(self) -> TransferReport | None:
         """None while under way; then the report, or the exception that says why it failed."""
@@ -78,7 +80,7 @@ class Transfer:
             code = lib.kvxfer_transfer_wait(self._handle, milliseconds("timeout", left))
             if code != lib.KVXFER_IN_PROGRESS:
                 check(code)
-                return self.report
+                return self._report()
             if end is not None and time.monotonic() >= end:
                 raise TimedOut(f"the transfer did not end within {timeout} s; it goes on", lib.KVXFER_TIMED_OUT)
 
@@ -96,12 +98,12 @@ class Transfer:
     @property
     def report(self) -> TransferReport | None:
         """How it went, once it has ended, also when it failed."""
+        return self._report() if self.done else None
+
+    def _report(self) -> TransferReport:
         out = ffi.new("kvxfer_transfer_report_t *")
         out.struct_size = ffi.sizeof("kvxfer_transfer_report_t")
-        code = lib.kvxfer_transfer_report(self._handle, out)
-        if code == lib.KVXFER_IN_PROGRESS:
-            return None
-        check(code)
+        check(lib.kvxfer_transfer_report(self._handle, out))
         transport = _NAMES.get(out.transport, "unknown")
         return TransferReport(transport, out.bytes, out.pieces, out.failed, out.duration_ns / 1e9, out.result)
 
@@ -110,7 +112,7 @@ class Transfer:
         """Per piece: 0, `KVXFER_IN_PROGRESS` (23), or the code of its failure."""
         out = ffi.new("kvxfer_result_t[]", self._count)
         check(lib.kvxfer_transfer_outcomes(self._handle, 0, self._count, out))
-        return ffi.unpack(out, self._count)
+        return list(ffi.unpack(out, self._count))
 
     def __repr__(self) -> str:
         return f"<kvxfer.Transfer {self.id}, {self.report if self.done else 'under way'}>"
@@ -119,9 +121,9 @@ class Transfer:
 def pack(pieces: Pieces) -> tuple[Any, int]:
     """Pieces as the C interface takes them: copied from tuples, or a buffer as it is."""
     try:
-        view = memoryview(pieces)
+        view = memoryview(pieces)  # type: ignore[arg-type]
     except TypeError:
-        packed = ffi.new("kvxfer_piece_t[]", [tuple(p) for p in pieces])
+        packed = ffi.new("kvxfer_piece_t[]", [tuple(p) for p in pieces])  # type: ignore[union-attr]
         return packed, len(packed)
     size = ffi.sizeof("kvxfer_piece_t")
     if view.itemsize != 8 or view.format not in ("Q", "L", "=Q", "<Q") or view.nbytes % size:

@@ -4,6 +4,7 @@
 pub(crate) mod cma;
 mod libraries;
 mod paths;
+mod python;
 mod system;
 
 use crate::args::DoctorArgs;
@@ -64,6 +65,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Verdict, Failure> {
     let mut checks = system::checks(&machine, &args.port);
     checks.push(cma::check());
     checks.extend(libraries::checks());
+    checks.extend(python::checks());
     let mut rates = Vec::new();
     let local = paths::this_host(&mut checks, &mut rates, budget, &machine);
     if let Some(address) = &args.peer {

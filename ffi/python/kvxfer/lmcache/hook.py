@@ -4,6 +4,9 @@ LMCache has few extension points for what lies below its cache engine, so a modu
 executed, by a function of ours that is named in `ADDITIONS`. Nothing is imported for that: a module that is loaded already
 is changed now, one that is never loaded is never changed. vLLM calls `register` in each of its processes, through the
 `vllm.general_plugins` entry point that comes with the wheel.
+
+Before a module is changed it is compared with what its addition relies on (`kvxfer.compat`). Where that is not all there, the module
+stays as it is, and whoever asks for `transfer_channel: "kvxfer"` is told why instead of getting half of it.
 """
 
 from __future__ import annotations
@@ -12,8 +15,13 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
+import logging
 import sys
 import threading
+
+from kvxfer import compat
+from kvxfer._native import lib
+from kvxfer.errors import Unsupported
 
 ADDITIONS = {
     # Module of LMCache: module and function of ours that changes it. The function is called once, with the module.
@@ -29,6 +37,9 @@ CHANNEL = "kvxfer"
 _FACTORY = "CreateTransferChannel"
 _DONE = "__kvxfer__"
 _lock = threading.RLock()
+# Module of LMCache, or product: why kvxfer does not work with it here.
+refusals: dict[str, str] = {}
+_compared: set[str] = set()
 
 
 def register() -> None:
@@ -47,8 +58,95 @@ def _add(module) -> None:
     if vars(module).get(_DONE):
         return
     setattr(module, _DONE, True)
-    where, function = ADDITIONS[module.__name__].split(":")
-    getattr(importlib.import_module(where), function)(module)
+    name = module.__name__
+    _compare_versions()
+    why = compat.misfit(module)
+    if why is None and not refusals:
+        where, function = ADDITIONS[name].split(":")
+        getattr(importlib.import_module(where), function)(module)
+        return
+    if why is not None:
+        _refuse(name, why)
+    if hasattr(module, _FACTORY):
+        _say_why(module)
+
+
+def _compare_versions() -> None:
+    """Says once per process what was not tested, and refuses it where that is wanted."""
+    for product in compat.PRODUCTS:
+        sentence = None if product.name in _compared else compat.untested(product)
+        if sentence is None:
+            continue
+        _compared.add(product.name)
+        try:
+            mode = compat.mode()
+        except ValueError as e:
+            _refuse(compat.VARIABLE, str(e))
+            continue
+        if mode == "strict":
+            _refuse(product.name, f"{sentence}, and {compat.VARIABLE} is strict")
+        elif mode == "warn":
+            _logger().warning(
+                "kvxfer: %s: it is used as it is; what does not fit is refused. Set %s=ignore to be quiet, strict to refuse",
+                sentence,
+                compat.VARIABLE,
+            )
+
+
+def _refuse(what: str, why: str) -> None:
+    refusals[what] = why
+    _logger().warning("kvxfer: nothing is added to this LMCache from here on: %s", why)
+
+
+def check_fit() -> None:
+    """Raises where anything was refused: a part of the additions is worse than none."""
+    if refusals:
+        lmcache = next(p for p in compat.PRODUCTS if p.module == "lmcache")
+        raise Unsupported(
+            f"transfer_channel: {CHANNEL!r} does not fit this LMCache ({lmcache.installed() or 'of unknown version'}): "
+            f"{'; '.join(refusals.values())}. kvxfer was tested with LMCache {', '.join(lmcache.tested)}",
+            lib.KVXFER_UNSUPPORTED,
+        )
+
+
+def _ours(module: str, name: str):
+    """Something of ours that builds on LMCache's classes."""
+    for theirs in ADDITIONS:
+        # One that is gone is never loaded, and so was never compared.
+        if theirs not in sys.modules and not _exists(theirs):
+            _refuse(theirs, f"there is no module {theirs}")
+    check_fit()
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError as e:
+        _refuse(module, f"LMCache lacks what {module} builds on: {e}")
+        check_fit()
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _say_why(package) -> None:
+    """Leaves the factory of channels as it is, but for those who ask it for ours."""
+    original = getattr(package, _FACTORY)
+
+    @functools.wraps(original)
+    def create_transfer_channel(*args, **kwargs):
+        if CHANNEL in (*args[:1], kwargs.get("channel_type")):
+            check_fit()
+        return original(*args, **kwargs)
+
+    replace(package, _FACTORY, create_transfer_channel)
+
+
+def _logger() -> logging.Logger:
+    """LMCache's way of logging, where it has been loaded."""
+    theirs = getattr(sys.modules.get("lmcache.logging"), "init_logger", logging.getLogger)
+    return theirs("kvxfer.lmcache")
 
 
 def replace(module, name: str, ours) -> None:
@@ -68,9 +166,7 @@ def add_channel(package) -> None:
     def create_transfer_channel(channel_type, *args, **kwargs):
         if channel_type != CHANNEL:
             return original(channel_type, *args, **kwargs)
-        from kvxfer.lmcache.channel import KvxferChannel
-
-        return KvxferChannel(*args, **kwargs)
+        return _ours("kvxfer.lmcache.channel", "KvxferChannel")(*args, **kwargs)
 
     create_transfer_channel.kvxfer = True
     replace(package, _FACTORY, create_transfer_channel)
@@ -91,9 +187,7 @@ def add_pd_backend(module) -> None:
         def __new__(cls, config, metadata, *args, **kwargs):
             if not takes_pd(config, metadata):
                 return super().__new__(cls)
-            from kvxfer.lmcache.pd import PdBackend
-
-            return PdBackend(config, metadata)
+            return _ours("kvxfer.lmcache.pd", "PdBackend")(config, metadata)
 
     PDBackendAsync.__doc__ = original.__doc__
     PDBackendAsync.__qualname__ = original.__qualname__
