@@ -422,8 +422,8 @@ impl World {
                 let (peer, stopped) = (tx.peer.clone(), tx.stopped);
                 let Some(asker) = tx.asker.as_mut().filter(|_| !stopped) else { return };
                 let keys = (first..first + count).map(key).collect();
-                let asked = asker.ask(keys, Duration::from_millis(lease_ms));
-                let (query, message) = asked.expect("the channel is open");
+                let answer = asker.ask(keys, Duration::from_millis(lease_ms));
+                let (query, message) = answer.expect("the channel is open");
                 self.post(&peer, 0, |message| Ev::ToReceiver { from: peer.clone(), message }, &message);
                 let seen = Vec::new();
                 self.read_backs.push(ReadBack { peer, query, first, read_ms, seen, result: None });
