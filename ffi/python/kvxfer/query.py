@@ -84,9 +84,9 @@ class Found:
     def release(self) -> None:
         """Gives back what is still held. Releasing twice is fine."""
         if self._handle is not None:
-            found = ffi.gc(self._handle, None)
+            check(lib.kvxfer_found_free(self._handle))
+            ffi.gc(self._handle, None)
             self._handle = None
-            check(lib.kvxfer_found_free(found))
 
     def __enter__(self) -> Found:
         return self

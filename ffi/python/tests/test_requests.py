@@ -16,13 +16,13 @@ GEOMETRY = kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="bfloat16", layo
 def receiver():
     with kvxfer.Agent("decoder", listen="tcp://127.0.0.1:0") as agent:
         with kvxfer.Receiver(agent, GEOMETRY, pages=8) as receiver:
-            receiver.address = agent.addresses[0]
+            receiver.at = agent.addresses[0]
             yield receiver
 
 
 @pytest.fixture
 def sender(agent, receiver):
-    return kvxfer.Sender(agent, receiver.address, GEOMETRY)
+    return kvxfer.Sender(agent, receiver.at, GEOMETRY)
 
 
 def test_a_request_is_found_once_it_is_complete(agent, receiver, sender):
@@ -93,7 +93,7 @@ def test_another_geometry_is_refused_with_both_values(agent, receiver):
     with pytest.raises(kvxfer.Mismatch) as failure:
         kvxfer.Sender(
             agent,
-            receiver.address,
+            receiver.at,
             kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="float16", layout="KV_2LTD", chunk_tokens=256),
         )
     assert "float16" in str(failure.value) and "bfloat16" in str(failure.value)

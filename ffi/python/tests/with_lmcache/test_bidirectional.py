@@ -59,13 +59,21 @@ def probe(backend, port, seeds):
     return backend.query_remote_cache(name, [key(s) for s in seeds])
 
 
-def places(backend, tokens):
-    """Memory objects that hold something else."""
+@pytest.fixture
+def places(prefiller):
+    """Memory objects of the prefiller that hold something else."""
     made = []
-    for n in tokens:
-        made.append(backend.allocate(torch.Size(content(0, n).shape), torch.bfloat16))
-        made[-1].tensor.view(torch.int16).fill_(-1)
-    return made
+
+    def make(tokens):
+        objects = [prefiller.allocate(torch.Size(content(0, n).shape), torch.bfloat16) for n in tokens]
+        for memory_object in objects:
+            memory_object.tensor.view(torch.int16).fill_(-1)
+        made.extend(objects)
+        return objects
+
+    yield make
+    for memory_object in made:
+        memory_object.ref_count_down()
 
 
 def same(memory_object, seed, tokens=CHUNK):
@@ -103,13 +111,13 @@ def test_the_backend_has_what_lmcache_calls():
         assert list(ours.parameters) == list(theirs.parameters), name
 
 
-def test_what_the_decoder_has_is_found_and_read_back_byte_for_byte(decoder, prefiller, port):
+def test_what_the_decoder_has_is_found_and_read_back_byte_for_byte(decoder, prefiller, port, places):
     put(prefiller, [1, 2, 3], spec(port), last_tokens=5).result(SOON)
     answer = probe(prefiller, port, [1, 2, 3])
     assert answer.cached_keys == [key(n).to_string() for n in (1, 2, 3)]
     assert len(set(answer.cached_indexes)) == 3 and all(0 <= page < PAGES for page in answer.cached_indexes)
     assert decoder.ask("stats").pinned == 0, "asking holds nothing"
-    objects = places(prefiller, [CHUNK, CHUNK, 5])
+    objects = places([CHUNK, CHUNK, 5])
     assert prefiller.batched_submit_read_task([key(n) for n in (1, 2, 3)], objects, spec(port)) == 3
     assert same(objects[0], 1) and same(objects[1], 2) and same(objects[2], 3, 5)
     # The decoder's engine finds all of it as before: being read is not being taken.
@@ -118,10 +126,10 @@ def test_what_the_decoder_has_is_found_and_read_back_byte_for_byte(decoder, pref
     assert decoder.ask("stats").free_pages == PAGES
 
 
-def test_what_the_decoder_does_not_have_is_not_found(decoder, prefiller, port):
+def test_what_the_decoder_does_not_have_is_not_found(decoder, prefiller, port, places):
     answer = probe(prefiller, port, [1, 2])
     assert (answer.cached_keys, answer.cached_indexes) == ([], [])
-    objects = places(prefiller, [CHUNK])
+    objects = places([CHUNK])
     assert prefiller.batched_submit_read_task([key(1)], objects, spec(port)) == 0
     assert untouched(objects[0])
     assert prefiller.batched_submit_read_task([key(1)], objects, None) == 0, "a request for this instance alone"
@@ -132,21 +140,21 @@ def test_what_the_decoder_does_not_have_is_not_found(decoder, prefiller, port):
     assert probe(prefiller, port, [1]).cached_keys == []
 
 
-def test_a_part_is_found_and_the_rest_left_alone(decoder, prefiller, port):
+def test_a_part_is_found_and_the_rest_left_alone(decoder, prefiller, port, places):
     put(prefiller, [2, 4], spec(port)).result(SOON)
     assert probe(prefiller, port, [1, 2, 3, 4]).cached_keys == [key(2).to_string(), key(4).to_string()]
-    objects = places(prefiller, [CHUNK] * 3)
+    objects = places([CHUNK] * 3)
     # Four keys, three places: what has none is not read.
     assert prefiller.batched_submit_read_task([key(n) for n in (1, 2, 3, 4)], objects, spec(port)) == 1
     assert untouched(objects[0]) and same(objects[1], 2) and untouched(objects[2])
     # A place of another size cannot be that chunk.
-    small = places(prefiller, [5])
+    small = places([5])
     assert prefiller.batched_submit_read_task([key(4)], small, spec(port)) == 0
     assert untouched(small[0])
     decoder.until(lambda s: s.pinned == 0, "what was found and not read")
 
 
-def test_a_page_that_is_read_is_not_given_to_another(decoder, prefiller, port):
+def test_a_page_that_is_read_is_not_given_to_another(decoder, prefiller, port, places):
     put(prefiller, range(1, PAGES + 1), spec(port)).result(SOON)
     found = found_by(prefiller, port, range(1, PAGES + 1))
     assert decoder.ask("stats").pinned == PAGES
@@ -154,7 +162,7 @@ def test_a_page_that_is_read_is_not_given_to_another(decoder, prefiller, port):
     assert decoder.ask("stats").free_pages == 0, "taken, and still being read"
     other = put(prefiller, [21, 22], spec(port, "b"))
     decoder.until(lambda s: s.queued == 1, "the next request")
-    objects = places(prefiller, [CHUNK] * 4)
+    objects = places([CHUNK] * 4)
     report = found.read(targets(prefiller, objects), SOON)
     assert report.chunks == 4 and all(same(o, n) for n, o in enumerate(objects, 1))
     assert other.result(SOON) == 2
@@ -162,7 +170,7 @@ def test_a_page_that_is_read_is_not_given_to_another(decoder, prefiller, port):
     assert decoder.ask("stats").free_pages == PAGES
 
 
-def test_a_lease_that_ends_gives_the_pages_back_and_the_read_says_so(prefiller, port):
+def test_a_lease_that_ends_gives_the_pages_back_and_the_read_says_so(prefiller, port, places):
     far = Decoder(port, pd={"lease": 0.3})
     try:
         put(prefiller, [1, 2], spec(port)).result(SOON)
@@ -172,15 +180,15 @@ def test_a_lease_that_ends_gives_the_pages_back_and_the_read_says_so(prefiller, 
         far.until(lambda s: s.pinned == 0, "the end of the lease")
         assert far.ask("take", 1, CHUNK) and far.ask("take", 2, CHUNK)
         with pytest.raises(kvxfer.Stale):
-            found.read(targets(prefiller, places(prefiller, [CHUNK, CHUNK])), SOON)
+            found.read(targets(prefiller, places([CHUNK, CHUNK])), SOON)
     finally:
         far.kill()
 
 
-def test_a_decoder_that_is_killed_between_question_and_bytes(decoder, prefiller, port):
+def test_a_decoder_that_is_killed_between_question_and_bytes(decoder, prefiller, port, places):
     put(prefiller, [1, 2], spec(port)).result(SOON)
     found = found_by(prefiller, port, [1, 2])
-    objects = places(prefiller, [CHUNK, CHUNK])
+    objects = places([CHUNK, CHUNK])
     decoder.kill()
     with pytest.raises(kvxfer.KvxferError) as failure:
         found.read(targets(prefiller, objects), SOON)
@@ -202,13 +210,13 @@ def test_a_decoder_that_is_killed_between_question_and_bytes(decoder, prefiller,
         far.kill()
 
 
-def test_a_stopped_decoder_confirms_nothing(decoder, prefiller, port):
+def test_a_stopped_decoder_confirms_nothing(decoder, prefiller, port, places):
     put(prefiller, [1], spec(port)).result(SOON)
     found = found_by(prefiller, port, [1])
     os.kill(decoder.process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(kvxfer.KvxferError) as failure:
-            found.read(targets(prefiller, places(prefiller, [CHUNK])), 1.0)
+            found.read(targets(prefiller, places([CHUNK])), 1.0)
         assert failure.value.retryable, failure.value
     finally:
         os.kill(decoder.process.pid, signal.SIGCONT)
@@ -227,9 +235,9 @@ def test_a_prefiller_that_leaves_holds_nothing(decoder, port):
     found.release()
 
 
-def test_a_decoder_nobody_listens_at_has_nothing(prefiller, port):
+def test_a_decoder_nobody_listens_at_has_nothing(prefiller, port, places):
     began = time.monotonic()
     assert probe(prefiller, port, [1]).cached_keys == []
-    assert prefiller.batched_submit_read_task([key(1)], places(prefiller, [CHUNK]), spec(port)) == 0
+    assert prefiller.batched_submit_read_task([key(1)], places([CHUNK]), spec(port)) == 0
     # The second question is not asked at all; an upper bound for one that is, twice.
     assert time.monotonic() - began < SOON
