@@ -119,6 +119,9 @@
 // The request ended otherwise.
 #define KVXFER_EVENT_FAILED 2
 
+// Most keys in one query.
+#define KVXFER_MAX_QUERY 4096
+
 // Nothing reads the batch's bytes any more.
 #define KVXFER_OUTBOX_RELEASED 1
 
@@ -1099,7 +1102,7 @@ kvxfer_result_t kvxfer_delivery_wait(const struct kvxfer_delivery_t *delivery,
 // Frees the handle; a request under way goes on by itself. NULL is fine.
 kvxfer_result_t kvxfer_delivery_free(struct kvxfer_delivery_t *delivery);
 
-// Asks which of `count` chunks, at most 4096, the receiver has published. Their pages are held for `lease_ms`, at most
+// Asks which of `count` chunks, at most `KVXFER_MAX_QUERY`, the receiver has published. Their pages are held for `lease_ms`, at most
 // the receiver's own lease, so that `kvxfer_found_read` can read them; with a lease of 0 the call only asks, and
 // nothing is held. A chunk that the receiver does not have is simply not found. Free the answer with
 // `kvxfer_found_free`.

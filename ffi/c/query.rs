@@ -18,6 +18,10 @@ pub struct kvxfer_found_t {
     _opaque: [u8; 0],
 }
 
+/// Most keys in one query.
+pub const KVXFER_MAX_QUERY: usize = 4096;
+const _: () = assert!(KVXFER_MAX_QUERY == kvxfer_core::proto::wire::MAX_QUERY);
+
 /// One chunk that was found. Set `struct_size` before the call.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -85,7 +89,7 @@ fn found(found: *const kvxfer_found_t) -> Result<Arc<FoundObject>> {
     borrow("found", found)
 }
 
-/// Asks which of `count` chunks, at most 4096, the receiver has published. Their pages are held for `lease_ms`, at most
+/// Asks which of `count` chunks, at most `KVXFER_MAX_QUERY`, the receiver has published. Their pages are held for `lease_ms`, at most
 /// the receiver's own lease, so that `kvxfer_found_read` can read them; with a lease of 0 the call only asks, and
 /// nothing is held. A chunk that the receiver does not have is simply not found. Free the answer with
 /// `kvxfer_found_free`.

@@ -75,9 +75,7 @@ class Found:
             target.index, target.region, target.runs, target.run_count = index, region._handle, kept[-1], len(runs)
         report = ffi.new("kvxfer_read_report_t *")
         report.struct_size = ffi.sizeof("kvxfer_read_report_t")
-        check(
-            lib.kvxfer_found_read(self._handle, packed, len(targets), milliseconds("timeout", timeout), report)
-        )
+        check(lib.kvxfer_found_read(self._handle, packed, len(targets), milliseconds("timeout", timeout), report))
         transport = _TRANSPORT_NAMES.get(report.transport, "none")
         return ReadReport(report.chunks, report.bytes, report.took_ns / 1e9, transport)
 

@@ -25,10 +25,10 @@ from kvxfer.region import Region
 
 logger = init_logger(__name__)
 
-# As long as LMCache's own backend waits for an answer.
-_ANSWER_S = 5.0
+# How long an answer is waited for, connecting included: the engine waits meanwhile.
+_ANSWER_S = 2.0
 # A decoder that has not answered is not asked again for this long: it would hold up every request.
-_REST_S = 5.0
+_REST_S = 10.0
 
 
 @dataclass
@@ -63,12 +63,12 @@ class Reading:
         """Which of these chunks a decoder has; none when it does not answer. Holds nothing."""
         address, names = self.decoders[decoder], [key.to_string() for key in keys]
         answer = CacheQueryResponse()
-        if not names:
-            return answer
         try:
-            for chunk in self.query(address, names, 0).chunks:
-                answer.cached_keys.append(names[chunk.index])
-                answer.cached_indexes.append(chunk.page)
+            for begin in range(0, len(names), lib.KVXFER_MAX_QUERY):
+                part = names[begin : begin + lib.KVXFER_MAX_QUERY]
+                for chunk in self.query(address, part, 0).chunks:
+                    answer.cached_keys.append(part[chunk.index])
+                    answer.cached_indexes.append(chunk.page)
         except KvxferError as e:
             logger.warning("kvxfer: asking decoder %s for %d chunks: %s", address, len(names), e)
         return answer
@@ -76,16 +76,22 @@ class Reading:
     def read(self, keys: Sequence[Any], memory_objs: Sequence[Any], spec: Any) -> int:
         """Reads the chunks that the decoder of a request has to where these memory objects are; how many, from 0 on failure. Those
         that were not read hold nothing of use."""
-        if spec is None or not keys:
+        if spec is None:
             return 0
+        address = settings.address(spec.receiver_host, settings.port_of(spec.receiver_init_port, self._config.tp_rank))
+        # What has no place is not asked for.
+        count, step = min(len(keys), len(memory_objs)), lib.KVXFER_MAX_QUERY
+        return sum(
+            self._read_part(keys[i : min(i + step, count)], memory_objs[i : i + step], address)
+            for i in range(0, count, step)
+        )
+
+    def _read_part(self, keys: Sequence[Any], memory_objs: Sequence[Any], address: str) -> int:
         c = self._config
-        address = settings.address(spec.receiver_host, settings.port_of(spec.receiver_init_port, c.tp_rank))
         try:
             with self.query(address, [key.to_string() for key in keys], c.pd.lease) as found:
                 targets = []
                 for chunk in found.chunks:
-                    if chunk.index >= len(memory_objs):
-                        continue
                     to = memory_objs[chunk.index]
                     if chunk.length != valid_bytes(to):
                         logger.warning(
@@ -102,7 +108,9 @@ class Reading:
                     return 0
                 report = found.read(targets, found.lease)
         except KvxferError as e:
-            logger.warning("kvxfer: reading %d chunks back from decoder %s: %s. They are computed", len(keys), address, e)
+            logger.warning(
+                "kvxfer: reading %d chunks back from decoder %s: %s. They are computed", len(keys), address, e
+            )
             return 0
         logger.info(
             "kvxfer: read %d of %d chunks back from decoder %s: %d bytes over %s in %.3f ms",

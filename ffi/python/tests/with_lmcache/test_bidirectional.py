@@ -6,13 +6,13 @@ import signal
 import time
 import types
 
-import far_side
 import pytest
 import torch
-from far_side import CHUNK, PAGES, content, free_ports, key
 from test_pd import SOON, Decoder, put
 
+import far_side
 import kvxfer
+from far_side import CHUNK, PAGES, content, free_ports, key
 
 
 @pytest.fixture
