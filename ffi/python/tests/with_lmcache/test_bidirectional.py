@@ -1,6 +1,7 @@
 """`pd_bidirectional`: a prefiller asks a decoder in another process what it still has, and reads it back."""
 
 import inspect
+import multiprocessing
 import os
 import signal
 import time
@@ -34,6 +35,25 @@ def prefiller(request):
     backend.close()
 
 
+@pytest.fixture
+def lmcaches():
+    """A prefiller and a decoder of LMCache's own sync backend, over kvxfer's channel, and the decoder's ports."""
+    init, alloc, query = free_ports(3)
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    far = spawn.Process(target=far_side.serve, args=(theirs, "backend", ("sync", init, alloc, query)), daemon=True)
+    far.start()
+    ports = dict(pd_peer_init_port=[init], pd_peer_alloc_port=[alloc], pd_peer_query_port=[query])
+    try:
+        assert pipe.poll(SOON) and pipe.recv() == "up"
+        backend = far_side.backend("sync", "both", pd_skip_proxy_notification=True, pd_peer_host="127.0.0.1", **ports)
+        yield backend, (init, alloc, query)
+        backend.transfer_channel.close()
+    finally:
+        far.kill()
+        far.join(SOON)
+
+
 def spec(port, name="a"):
     """As LMCache's adapter makes it; the query port is one that nobody listens on."""
     return types.SimpleNamespace(
@@ -48,26 +68,32 @@ def spec(port, name="a"):
     )
 
 
-def probe(backend, port, seeds):
+def probe(backend, port, seeds, alloc=1, query=1):
     """LMCache's probe: `_probe_decoder_cache` of its adapter for vLLM."""
     name = "127.0.0.1" + str(port)
     backend._ensure_peer_connection(
-        receiver_id=name, receiver_host="127.0.0.1", receiver_init_port=port, receiver_alloc_port=port
+        receiver_id=name, receiver_host="127.0.0.1", receiver_init_port=port, receiver_alloc_port=alloc
     )
-    backend._ensure_cache_query_connection(receiver_id=name, receiver_host="127.0.0.1", receiver_query_port=1)
+    backend._ensure_cache_query_connection(receiver_id=name, receiver_host="127.0.0.1", receiver_query_port=query)
     assert name in backend.cache_query_sockets
     return backend.query_remote_cache(name, [key(s) for s in seeds])
 
 
+def fresh(backend, tokens):
+    """Memory objects that hold something else."""
+    objects = [backend.allocate(torch.Size(content(0, n).shape), torch.bfloat16) for n in tokens]
+    for memory_object in objects:
+        memory_object.tensor.view(torch.int16).fill_(-1)
+    return objects
+
+
 @pytest.fixture
 def places(prefiller):
-    """Memory objects of the prefiller that hold something else."""
+    """Such objects of the prefiller, given back at the end."""
     made = []
 
     def make(tokens):
-        objects = [prefiller.allocate(torch.Size(content(0, n).shape), torch.bfloat16) for n in tokens]
-        for memory_object in objects:
-            memory_object.tensor.view(torch.int16).fill_(-1)
+        objects = fresh(prefiller, tokens)
         made.extend(objects)
         return objects
 
@@ -124,6 +150,36 @@ def test_what_the_decoder_has_is_found_and_read_back_byte_for_byte(decoder, pref
     assert decoder.ask("stats").pinned == 0
     assert [decoder.ask("take", 1, CHUNK), decoder.ask("take", 2, CHUNK), decoder.ask("take", 3, 5)] == [True] * 3
     assert decoder.ask("stats").free_pages == PAGES
+
+
+def test_lmcaches_own_backend_answers_the_same(decoder, prefiller, port, places, lmcaches):
+    """The same calls on LMCache's sync backend and on ours."""
+
+    def run(backend, objects, init, alloc, query):
+        to = spec(init)
+        to.receiver_alloc_port, to.receiver_query_port = [alloc], [query]
+        answers = [probe(backend, init, [1, 2, 3], alloc, query).cached_keys]
+        put(backend, [1, 3], to).result(SOON)
+        answers.append(probe(backend, init, [1, 2, 3], alloc, query).cached_keys)
+        answers.append(probe(backend, init, [4], alloc, query).cached_keys)
+        answers.append(backend.batched_submit_read_task([key(n) for n in (1, 2, 3)], objects, to))
+        answers.append(backend.batched_submit_read_task([key(4)], objects[:1], to))
+        answers.append(backend.batched_submit_read_task([key(1)], objects[:1], None))
+        return [*answers, same(objects[0], 1), untouched(objects[1]), same(objects[2], 3)]
+
+    theirs, ports = lmcaches
+    their_objects = fresh(theirs, [CHUNK] * 3)
+    expected = run(theirs, their_objects, *ports)
+    for memory_object in their_objects:
+        memory_object.ref_count_down()
+    assert expected[3] == 2 and all(expected[-3:])
+    assert run(prefiller, places([CHUNK] * 3), port, port, 1) == expected
+
+
+def test_more_keys_than_a_query_may_have(decoder, prefiller, port):
+    put(prefiller, [1], spec(port)).result(SOON)
+    answer = probe(prefiller, port, [*range(2, 9000), 1])
+    assert answer.cached_keys == [key(1).to_string()] and len(answer.cached_indexes) == 1
 
 
 def test_what_the_decoder_does_not_have_is_not_found(decoder, prefiller, port, places):
