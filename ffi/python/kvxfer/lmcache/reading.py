@@ -25,8 +25,6 @@ from kvxfer.region import Region
 
 logger = init_logger(__name__)
 
-# How long an answer is waited for, connecting included: the engine waits meanwhile.
-_ANSWER_S = 2.0
 # A decoder that has not answered is not asked again for this long: it would hold up every request.
 _REST_S = 10.0
 
@@ -126,7 +124,7 @@ class Reading:
     def query(self, address: str, keys: list[str], lease: float):
         """The answer of the decoder there; raises why there is none."""
         try:
-            return self._sender(address).query(keys, lease, _ANSWER_S)
+            return self._sender(address).query(keys, lease, self._config.pd.query_timeout)
         except KvxferError as e:
             if e.retryable and not isinstance(e, Resting):
                 with self._lock:
@@ -142,7 +140,7 @@ class Reading:
         if known is not None:
             return known
         c = self._config
-        made = Sender(self._agent, address, c.geometry, integrity=c.pd.integrity, timeout=_ANSWER_S)
+        made = Sender(self._agent, address, c.geometry, integrity=c.pd.integrity, timeout=c.pd.query_timeout)
         with self._lock:
             return self._senders.setdefault(address, made)
 
