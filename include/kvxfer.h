@@ -119,6 +119,9 @@
 // The request ended otherwise.
 #define KVXFER_EVENT_FAILED 2
 
+// Most keys in one query.
+#define KVXFER_MAX_QUERY 4096
+
 // Nothing reads the batch's bytes any more.
 #define KVXFER_OUTBOX_RELEASED 1
 
@@ -148,6 +151,9 @@ typedef struct kvxfer_chunk_t kvxfer_chunk_t;
 
 // A request whose chunks have all been handed over. Usable from any thread.
 typedef struct kvxfer_delivery_t kvxfer_delivery_t;
+
+// Chunks that a receiver has, held for reading until they are read or the handle is freed. Usable from any thread.
+typedef struct kvxfer_found_t kvxfer_found_t;
 
 // Memory that peers on the same host can map. Usable from any thread.
 typedef struct kvxfer_memory_t kvxfer_memory_t;
@@ -449,6 +455,49 @@ typedef struct kvxfer_delivery_report_t {
   uint32_t reserved;
 } kvxfer_delivery_report_t;
 
+// One chunk that was found. Set `struct_size` before the call.
+typedef struct kvxfer_found_chunk_t {
+  // `sizeof(kvxfer_found_chunk_t)`, set by the caller.
+  size_t struct_size;
+  // Valid bytes.
+  uint64_t length;
+  // Generation of its page.
+  uint64_t generation;
+  // Place of its key in the query.
+  uint32_t index;
+  // Its page in the receiver's pool.
+  uint32_t page;
+} kvxfer_found_chunk_t;
+
+// Where a chunk that was found is read to: runs of a region, in the order of the chunk's bytes. Their sum is the
+// chunk's length.
+typedef struct kvxfer_found_target_t {
+  // The region.
+  const struct kvxfer_region_t *region;
+  // The runs.
+  const struct kvxfer_run_t *runs;
+  // Number of runs.
+  size_t run_count;
+  // Place of the chunk's key in the query.
+  uint32_t index;
+  // Zero.
+  uint32_t reserved;
+} kvxfer_found_target_t;
+
+// How reading went. Set `struct_size` before the call.
+typedef struct kvxfer_read_report_t {
+  // `sizeof(kvxfer_read_report_t)`, set by the caller.
+  size_t struct_size;
+  // Bytes read.
+  uint64_t bytes;
+  // From the call to the certainty that they are good, nanoseconds.
+  uint64_t took_ns;
+  // Chunks read.
+  uint32_t chunks;
+  // `KVXFER_TRANSPORT_...`: what carried the bytes.
+  uint32_t transport;
+} kvxfer_read_report_t;
+
 // Settings of an outbox.
 typedef struct kvxfer_outbox_config_t {
   // `sizeof(kvxfer_outbox_config_t)`.
@@ -456,7 +505,7 @@ typedef struct kvxfer_outbox_config_t {
   // Pool, geometry, integrity and request time-out towards every receiver; needed.
   const struct kvxfer_sender_config_t *sender;
   // Notification socket of the proxy, `tcp://host:port`; NULL: nobody is told. One that is not kvxfer's hears
-  // of successes only, in LMCache's words.
+  // of successes only, in `LMCache`'s words.
   const char *proxy;
   // How long a receiver that cannot be reached is waited for, milliseconds; 0: 10 seconds.
   uint64_t patience_ms;
@@ -1053,6 +1102,42 @@ kvxfer_result_t kvxfer_delivery_wait(const struct kvxfer_delivery_t *delivery,
 // Frees the handle; a request under way goes on by itself. NULL is fine.
 kvxfer_result_t kvxfer_delivery_free(struct kvxfer_delivery_t *delivery);
 
+// Asks which of `count` chunks, at most `KVXFER_MAX_QUERY`, the receiver has published. Their pages are held for `lease_ms`, at most
+// the receiver's own lease, so that `kvxfer_found_read` can read them; with a lease of 0 the call only asks, and
+// nothing is held. A chunk that the receiver does not have is simply not found. Free the answer with
+// `kvxfer_found_free`.
+kvxfer_result_t kvxfer_sender_query(struct kvxfer_sender_t *sender,
+                                    const char *const *keys,
+                                    size_t count,
+                                    uint64_t lease_ms,
+                                    uint64_t timeout_ms,
+                                    struct kvxfer_found_t **found_out);
+
+// How many chunks were found, and for how long their pages are held (`lease_ms_out` may be NULL), counted from the
+// receiver's answer; 0 when nothing is held.
+kvxfer_result_t kvxfer_found_count(const struct kvxfer_found_t *found,
+                                   size_t *count_out,
+                                   uint64_t *lease_ms_out);
+
+// Chunk number `index` of those that were found, in the order of the query; `KVXFER_OUT_OF_RANGE` when there are not
+// so many.
+kvxfer_result_t kvxfer_found_chunk(const struct kvxfer_found_t *found,
+                                   size_t index,
+                                   struct kvxfer_found_chunk_t *chunk_out);
+
+// Reads chunks back, waits at most `timeout_ms`, and gives everything that was found back to the receiver; further
+// calls answer `KVXFER_CLOSED`. On `KVXFER_OK` every byte is there and fits the digest its writer committed.
+// `KVXFER_STALE`: the lease ended first; `KVXFER_CORRUPT`: the bytes do not fit; `KVXFER_PEER_GONE`: the receiver is
+// gone. After a failure the targets may hold anything, and nothing changes them any more. `report_out` may be NULL.
+kvxfer_result_t kvxfer_found_read(struct kvxfer_found_t *found,
+                                  const struct kvxfer_found_target_t *targets,
+                                  size_t count,
+                                  uint64_t timeout_ms,
+                                  struct kvxfer_read_report_t *report_out);
+
+// Frees the handle; what is still held is given back to the receiver. NULL is fine.
+kvxfer_result_t kvxfer_found_free(struct kvxfer_found_t *found);
+
 // Makes an outbox on an agent. Nothing is connected before the first batch. Free it with `kvxfer_outbox_free`.
 kvxfer_result_t kvxfer_outbox_new(struct kvxfer_agent_t *agent,
                                   const struct kvxfer_outbox_config_t *config,
@@ -1096,7 +1181,7 @@ kvxfer_result_t kvxfer_memory_base(const struct kvxfer_memory_t *memory, void **
 // Frees the handle; regions and pools over the memory keep it until they are gone. NULL is fine.
 kvxfer_result_t kvxfer_memory_free(struct kvxfer_memory_t *memory);
 
-// Translates an LMCache configuration file, YAML text, into today's words: a JSON object with `config` (keys and
+// Translates an `LMCache` configuration file, YAML text, into today's words: a JSON object with `config` (keys and
 // values), `notices` (what became of a key: `key`, `today`, `text`), `problems` (`keys`, `text`, `contradiction`) and
 // `changed`. A text that is no such file is `KVXFER_INVALID_ARGUMENT`; two lines that contradict each other are
 // `KVXFER_MISMATCH`, and the error's text names both. The buffer is used as in `kvxfer_agent_name`.

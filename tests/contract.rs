@@ -10,6 +10,8 @@ mod admission;
 mod endings;
 #[path = "contract/peers.rs"]
 mod peers;
+#[path = "contract/reading.rs"]
+mod reading;
 #[path = "contract/writes.rs"]
 mod writes;
 
@@ -33,7 +35,9 @@ macro_rules! contract {
                 writes::only_the_bytes_that_matter,
                 endings::errors_reach_who_can_act,
                 peers::no_stranger_writes,
-                peers::you_can_see_the_path
+                peers::you_can_see_the_path,
+                reading::what_is_read_back_is_right,
+                reading::nobody_holds_pages_by_reading
             );
         }
     )*};

@@ -58,6 +58,7 @@ pub(super) mod kind {
     pub(in crate::c) const DELIVERY: u8 = 10;
     pub(in crate::c) const OUTBOX: u8 = 11;
     pub(in crate::c) const MEMORY: u8 = 12;
+    pub(in crate::c) const FOUND: u8 = 13;
 }
 
 /// Name of a type in error texts.
@@ -75,6 +76,7 @@ pub(super) const fn name(kind: u8) -> &'static str {
         kind::DELIVERY => "delivery",
         kind::OUTBOX => "outbox",
         kind::MEMORY => "memory",
+        kind::FOUND => "found",
         _ => "unknown",
     }
 }

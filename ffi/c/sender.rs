@@ -85,9 +85,9 @@ pub struct kvxfer_chunk_source_t {
 }
 
 /// What a sender's handle stands for.
-struct SenderObject {
-    sender: Sender,
-    agent: Agent,
+pub(super) struct SenderObject {
+    pub(super) sender: Sender,
+    pub(super) agent: Agent,
 }
 object!(SenderObject, kvxfer_sender_t, SENDER);
 
@@ -117,7 +117,7 @@ fn ended() -> Error {
     Error::failed(ErrorCode::Closed, "the reservation was finished or aborted already")
 }
 
-fn sender(sender: *const kvxfer_sender_t) -> Result<Arc<SenderObject>> {
+pub(super) fn sender(sender: *const kvxfer_sender_t) -> Result<Arc<SenderObject>> {
     borrow("sender", sender)
 }
 

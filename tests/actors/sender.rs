@@ -1,7 +1,7 @@
 //! The prefiller as an actor.
 
 use super::{agent, geometry, millis, pattern, text};
-use kvxfer::channel::{ChunkSource, Delivery, DeliveryReport, Reservation};
+use kvxfer::channel::{ChunkSource, Delivery, DeliveryReport, Found, Reservation};
 use kvxfer::proto::wire::ChunkSpec;
 use kvxfer::{Agent, ChunkKey, Error, ErrorCode, Region, RequestId, Sender, SenderConfig};
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ pub(super) struct SenderRole {
     next_slot: u64,
     reservations: HashMap<String, (Reservation, Vec<ChunkSpec>)>,
     deliveries: HashMap<String, Delivery>,
+    found: Option<Found>,
 }
 
 impl SenderRole {
@@ -37,6 +38,7 @@ impl SenderRole {
             next_slot: 0,
             reservations: HashMap::new(),
             deliveries: HashMap::new(),
+            found: None,
         };
         if let Some(address) = config["connect"].as_str() {
             role.connect(address)?;
@@ -64,6 +66,24 @@ impl SenderRole {
         self.next_slot += 1;
         self.source.memory().write_at(offset, &pattern(seed, len as usize))?;
         Ok(ChunkSource::new(self.source.clone(), vec![(offset, len)]))
+    }
+
+    fn read(&mut self, seed: u64, timeout: Duration) -> Result<Value, Error> {
+        let found = self.found.take().expect("queried");
+        let chunks: Vec<_> = found.chunks().iter().map(|c| (c.index, c.len)).collect();
+        let mut targets = Vec::new();
+        for &(index, len) in &chunks {
+            targets.push((index, self.fill(u64::MAX, len)?));
+        }
+        let report = found.read(&targets, timeout)?;
+        let mut equal = true;
+        for (index, target) in &targets {
+            let (offset, len) = target.runs[0];
+            let mut bytes = vec![0; len as usize];
+            self.source.memory().read_at(offset, &mut bytes)?;
+            equal &= bytes == pattern(seed + u64::from(*index), bytes.len());
+        }
+        Ok(json!({"equal": equal, "bytes": report.bytes, "transport": report.transport.as_str()}))
     }
 
     pub(super) fn command(&mut self, command: &Value) -> Result<Value, Error> {
@@ -116,6 +136,19 @@ impl SenderRole {
                 let report = self.deliveries[text(command, "request")].wait(millis(command, "ms", 20_000))?;
                 Ok(describe(&report))
             }
+            // Asks for `keys` and holds what is found.
+            "query" => {
+                let keys = command["keys"].as_array().expect("keys");
+                let keys = keys.iter().map(|k| Ok(ChunkKey::new(k.as_str().expect("key"))?));
+                let (keys, lease) =
+                    (keys.collect::<Result<_, Error>>()?, millis(command, "lease_ms", 20_000));
+                let found = self.sender().query(keys, lease, millis(command, "ms", 20_000))?;
+                let indexes: Vec<u32> = found.chunks().iter().map(|c| c.index).collect();
+                self.found = Some(found);
+                Ok(json!(indexes))
+            }
+            // Reads all that was found; chunk i of the query has seed `seed + i`.
+            "read" => self.read(command["seed"].as_u64().unwrap_or(1), millis(command, "ms", 20_000)),
             "forget" => Ok(json!(self.deliveries.remove(text(command, "request")).is_some())),
             "paths" => Ok(self.sender().peer().paths().iter().map(|(k, d)| json!([k.as_str(), d])).collect()),
             "peer_state" => Ok(json!(format!("{:?}", self.sender().peer().state()))),

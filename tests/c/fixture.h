@@ -51,6 +51,7 @@ typedef struct {
   kvxfer_chunk_t *chunk;           /* "chunk-a", pinned */
   kvxfer_outbox_t *outbox;         /* of the client; nothing put into it yet */
   kvxfer_memory_t *memory;
+  kvxfer_found_t *found;           /* "chunk-a", held for the sender */
   unsigned char *local_base, *target_base;
   char address[256];
 } fixture_t;
@@ -137,6 +138,8 @@ static inline void fixture_new(fixture_t *fx) {
   outbox.sender = &channel;
   OK(kvxfer_outbox_new(fx->client, &outbox, &fx->outbox));
   OK(kvxfer_memory_new(PAGE_BYTES, &fx->memory));
+  const char *keys[] = {"chunk-b", "chunk-a"};
+  OK(kvxfer_sender_query(fx->sender, keys, 2, WAIT_MS, WAIT_MS, &fx->found));
 }
 
 /* Frees everything, parents first to show that any order will do. */
@@ -155,6 +158,7 @@ static inline void fixture_free(fixture_t *fx) {
   OK(kvxfer_region_free(fx->local));
   OK(kvxfer_region_free(fx->target));
   OK(kvxfer_memory_free(fx->memory));
+  OK(kvxfer_found_free(fx->found));
 }
 
 #endif

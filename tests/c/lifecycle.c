@@ -242,6 +242,48 @@ static void channel(fixture_t *fx) {
   TRUE(stats.free_pages + stats.quarantined + stats.writing == 3);
 }
 
+/* What was sent is read back from the receiver. */
+static void reading_back(fixture_t *fx) {
+  size_t count = 99;
+  uint64_t lease = 99;
+  OK(kvxfer_found_count(fx->found, &count, &lease));
+  TRUE(count == 1 && lease == WAIT_MS);
+  kvxfer_found_chunk_t chunk;
+  memset(&chunk, 0, sizeof chunk);
+  chunk.struct_size = sizeof chunk;
+  OK(kvxfer_found_chunk(fx->found, 0, &chunk));
+  TRUE(chunk.index == 1 && chunk.length == 1000 && chunk.page < 4 && chunk.generation > 0);
+  EXPECT(KVXFER_OUT_OF_RANGE, kvxfer_found_chunk(fx->found, 1, &chunk));
+
+  kvxfer_run_t runs[] = {{20000, 900}, {30000, 100}};
+  kvxfer_found_target_t target = {fx->local, runs, 2, 1, 1};
+  REFUSED(kvxfer_found_read(fx->found, &target, 1, WAIT_MS, NULL)); /* `reserved` is set */
+  target.reserved = 0;
+  kvxfer_read_report_t report;
+  memset(&report, 0, sizeof report);
+  report.struct_size = sizeof report;
+  OK(kvxfer_found_read(fx->found, &target, 1, WAIT_MS, &report));
+  TRUE(report.chunks == 1 && report.bytes == 1000 && report.transport == KVXFER_TRANSPORT_INPROC);
+  TRUE(memcmp(fx->local_base + 20000, fx->local_base + 100, 600) == 0); /* as the fixture sent it */
+  TRUE(memcmp(fx->local_base + 20600, fx->local_base + 5000, 300) == 0);
+  TRUE(memcmp(fx->local_base + 30000, fx->local_base + 5300, 100) == 0);
+  EXPECT(KVXFER_CLOSED, kvxfer_found_read(fx->found, &target, 1, WAIT_MS, NULL));
+
+  /* Nothing is held where nothing was found, or where it was only asked. */
+  const char *keys[] = {"chunk-z", "chunk-a"};
+  kvxfer_found_t *found = NULL;
+  OK(kvxfer_sender_query(fx->sender, keys, 2, 0, WAIT_MS, &found));
+  OK(kvxfer_found_count(found, &count, &lease));
+  TRUE(count == 1 && lease == 0);
+  REFUSED(kvxfer_found_read(found, &target, 1, WAIT_MS, NULL));
+  OK(kvxfer_found_free(found));
+  OK(kvxfer_sender_query(fx->sender, keys, 1, WAIT_MS, WAIT_MS, &found));
+  OK(kvxfer_found_count(found, &count, NULL));
+  TRUE(count == 0);
+  OK(kvxfer_found_free(found));
+  REFUSED(kvxfer_sender_query(fx->sender, keys, 0, WAIT_MS, WAIT_MS, &found));
+}
+
 int main(void) {
   basics();
   configured();
@@ -250,6 +292,7 @@ int main(void) {
   texts(&fx);
   one_sided(&fx);
   channel(&fx);
+  reading_back(&fx);
   OK(kvxfer_receiver_close(fx.receiver, WAIT_MS));
   OK(kvxfer_peer_disconnect(fx.peer));
   kvxfer_result_t state = KVXFER_OK;

@@ -17,6 +17,7 @@ static void handles(void) {
   REFUSED(kvxfer_sender_free(gone.sender));
   REFUSED(kvxfer_reservation_free(gone.reservation));
   REFUSED(kvxfer_delivery_free(gone.delivery));
+  REFUSED(kvxfer_found_free(gone.found));
 
   fixture_t fx;
   fixture_connect(&fx); /* takes the freed ones' slots */

@@ -5,7 +5,7 @@ use super::header::{Function, Header};
 use std::fmt::Write as _;
 
 /// Parameters that may be NULL, as their functions' documentation says.
-const NULLABLE: [(&str, &str); 15] = [
+const NULLABLE: [(&str, &str); 17] = [
     ("kvxfer_agent_new", "config"),
     ("kvxfer_peer_write", "options"),
     ("kvxfer_peer_read", "options"),
@@ -13,6 +13,8 @@ const NULLABLE: [(&str, &str); 15] = [
     ("kvxfer_receiver_memory", "length_out"),
     ("kvxfer_receiver_lookup", "length_out"),
     ("kvxfer_delivery_wait", "report_out"),
+    ("kvxfer_found_count", "lease_ms_out"),
+    ("kvxfer_found_read", "report_out"),
     ("kvxfer_chunk_page", "page_out"),
     ("kvxfer_chunk_page", "offset_out"),
     ("kvxfer_agent_try_notification", "peer_out"),
@@ -94,6 +96,7 @@ fn field(handle: &str) -> &'static str {
         "kvxfer_delivery_t" => "delivery",
         "kvxfer_outbox_t" => "outbox",
         "kvxfer_memory_t" => "memory",
+        "kvxfer_found_t" => "found",
         other => panic!("add {other} to tests/support/nulls.rs and tests/c/fixture.h"),
     }
 }
@@ -136,6 +139,10 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
         ("const kvxfer_run_t *", _) => "&run".into(),
         ("const kvxfer_chunk_spec_t *", _) => "&spec".into(),
         ("const kvxfer_chunk_source_t *", _) => "&source".into(),
+        ("const char *const *", _) => "keys".into(),
+        ("const kvxfer_found_target_t *", _) => "&target".into(),
+        ("kvxfer_found_chunk_t *", _) => "&found_chunk".into(),
+        ("kvxfer_read_report_t *", _) => "&read_report".into(),
         ("const kvxfer_receiver_config_t *", _) => "&pool".into(),
         ("const kvxfer_sender_config_t *", _) => "&channel".into(),
         ("const kvxfer_outbox_config_t *", _) => "&outbox".into(),
@@ -172,6 +179,7 @@ int main(void) {
   kvxfer_delivery_t *out_delivery = NULL;
   kvxfer_outbox_t *out_outbox = NULL;
   kvxfer_memory_t *out_memory = NULL;
+  kvxfer_found_t *out_found = NULL;
   void *out_void = NULL;
   const void *out_const = NULL;
   uint64_t number = 0;
@@ -181,6 +189,10 @@ int main(void) {
   kvxfer_run_t run = {0, 64};
   kvxfer_chunk_spec_t spec = {"null-chunk", 64};
   kvxfer_chunk_source_t source = {"null-chunk", fx.local, &run, 1};
+  const char *keys[] = {"chunk-a"};
+  kvxfer_found_target_t target = {fx.local, &run, 1, 0, 0};
+  SIZED(kvxfer_found_chunk_t, found_chunk);
+  SIZED(kvxfer_read_report_t, read_report);
   kvxfer_geometry_t geometry = fixture_geometry();
   SIZED(kvxfer_receiver_config_t, pool);
   pool.pool = "null-pool";
@@ -209,7 +221,7 @@ int main(void) {
 const EPILOGUE: &str = r#"  /* No refused call has made, freed or written anything. */
   TRUE(kvxfer_live_handles() == live);
   TRUE(!out_agent && !out_region && !out_peer && !out_remote_region && !out_transfer && !out_receiver && !out_chunk);
-  TRUE(!out_sender && !out_reservation && !out_delivery && !out_outbox && !out_memory);
+  TRUE(!out_sender && !out_reservation && !out_delivery && !out_outbox && !out_memory && !out_found);
   TRUE(!out_void && !out_const && number == 0);
   fixture_free(&fx);
   TRUE(kvxfer_live_handles() == 0);

@@ -19,6 +19,7 @@ pub mod layout;
 pub mod notify;
 pub mod plan;
 pub mod pool;
+pub mod query;
 pub mod receiver;
 pub mod sender;
 pub mod time;

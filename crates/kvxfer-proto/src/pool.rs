@@ -16,13 +16,16 @@
 //! *Leftovers.* A consumer that has given one chunk of a request back is about to give back all it needed of it, or has done so
 //! already. What nobody has acquired of that request [`LEFTOVER`] later is not waited for any longer.
 //!
+//! *Loans.* A chunk that is lent to a peer which reads it back is pinned like one that the engine has, but that peer is not the
+//! consumer it waits for: no claim and no retention changes.
+//!
 //! *Spares.* A request that names a chunk another one is writing is given a page for it all the same and keeps it until that
 //! write is decided. If the write fails the page is there, without waiting for anybody: so no request that holds pages ever
 //! waits for pages (Contract lines 4 and 6). For the same reason a request that cannot name all its chunks yet is given pages
 //! for those as well, and places each chunk on one of them once it is named.
 
-use crate::wire::ChunkSpec;
-use crate::{ChunkKey, Generation, PageIndex, Time};
+use crate::wire::{Check, ChunkSpec};
+use crate::{ChunkKey, Generation, PageIndex, RequestId, Time};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -71,6 +74,15 @@ pub enum Known {
     Writing,
     /// Nothing.
     Absent,
+}
+
+/// Where a published chunk comes from: what whoever reads it back checks it against.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The request that wrote it.
+    pub request: RequestId,
+    /// What its writer said of its bytes.
+    pub check: Check,
 }
 
 /// What a page is used for.
@@ -131,6 +143,7 @@ struct Published {
     /// `None` once it has left the index and only pins keep its page.
     key: Option<ChunkKey>,
     len: u64,
+    origin: Origin,
     pins: u32,
     /// Claims of requests under way.
     active: i64,
@@ -324,7 +337,13 @@ impl Pool {
 
     /// The write of `key` by `owner` has been checked: visible from now on, claimed by its request and all who waited, who are
     /// returned. `None` if `owner` does not hold that page for that key.
-    pub fn publish(&mut self, owner: Owner, key: &ChunkKey, hold: Hold) -> Option<Vec<(Owner, u32)>> {
+    pub fn publish(
+        &mut self,
+        owner: Owner,
+        key: &ChunkKey,
+        hold: Hold,
+        origin: Origin,
+    ) -> Option<Vec<(Owner, u32)>> {
         if !self.is_held(owner, hold) {
             return None;
         }
@@ -340,6 +359,7 @@ impl Pool {
         let published = Published {
             key: Some(key.clone()),
             len,
+            origin,
             pins: 0,
             active: 1 + waiters.len() as i64,
             claims: 0,
@@ -451,6 +471,22 @@ impl Pool {
             len = p.len;
         });
         Some((hold, len))
+    }
+
+    /// A published chunk as whoever reads it back needs to know it: its hold, valid bytes and origin. `lend` pins it.
+    pub fn lend(&mut self, key: &ChunkKey, lend: bool) -> Option<(Hold, u64, Origin)> {
+        let Some(Entry::Published(page)) = self.index.get(key) else { return None };
+        let hold = Hold { page: *page, generation: self.pages[page.0 as usize].generation };
+        let (len, origin) = self.published(hold.page).map(|p| (p.len, p.origin.clone()))?;
+        if lend {
+            self.uses += 1;
+            let uses = self.uses;
+            self.change(hold, |p| {
+                p.pins += 1;
+                p.last_use = uses;
+            });
+        }
+        Some((hold, len, origin))
     }
 
     /// Takes one pin back.

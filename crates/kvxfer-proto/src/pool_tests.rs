@@ -26,11 +26,15 @@ fn hold(p: Placement) -> Hold {
     }
 }
 
+fn origin() -> Origin {
+    Origin { request: RequestId::new("r").expect("valid"), check: Check::Bound(7) }
+}
+
 /// Writes and publishes one chunk by a request that ends well.
 fn publish(pool: &mut Pool, owner: u64, n: u32, now: Time) -> Hold {
     let placed = admit(pool, owner, [n]).expect("room");
     let h = hold(placed[0]);
-    assert_eq!(pool.publish(Owner(owner), &key(n), h), Some(vec![]));
+    assert_eq!(pool.publish(Owner(owner), &key(n), h, origin()), Some(vec![]));
     pool.settle(h, true, now);
     pool.check().expect("consistent");
     h
@@ -55,7 +59,7 @@ fn a_generation_is_never_used_twice() {
         let again = p.renew(Owner(owner), h).expect("held");
         assert!(seen.insert(again.generation));
         assert_eq!(p.renew(Owner(owner), h), None, "the old hold is void");
-        assert_eq!(p.publish(Owner(owner), &key(owner as u32), h), None, "so is its publication");
+        assert_eq!(p.publish(Owner(owner), &key(owner as u32), h, origin()), None, "so is its publication");
         p.fail_write(Owner(owner), &key(owner as u32));
         p.give_back(Owner(owner), again);
     }
@@ -70,7 +74,7 @@ fn a_pending_chunk_is_granted_to_the_waiter_when_its_write_fails() {
     assert!(matches!((b[0], c[0]), (Placement::Pending(_), Placement::Pending(_))));
     assert_eq!(p.fail_write(Owner(1), &key(7)), Some((Owner(2), 0)));
     p.quarantine(Owner(1), hold(a[0]));
-    assert_eq!(p.publish(Owner(2), &key(7), hold(b[0])), Some(vec![(Owner(3), 0)]));
+    assert_eq!(p.publish(Owner(2), &key(7), hold(b[0]), origin()), Some(vec![(Owner(3), 0)]));
     p.give_back(Owner(3), hold(c[0]));
     assert_eq!(p.counts(), Counts { free: 1, published: 1, quarantined: 1, ..Counts::default() });
     p.end_quarantine(Owner(9), hold(a[0]).page);
@@ -84,7 +88,7 @@ fn a_pending_chunk_is_granted_to_the_waiter_when_its_write_fails() {
 fn a_failed_request_leaves_nothing_visible() {
     let mut p = pool(2);
     let placed = admit(&mut p, 1, [1, 2]).expect("room");
-    p.publish(Owner(1), &key(1), hold(placed[0]));
+    p.publish(Owner(1), &key(1), hold(placed[0]), origin());
     assert_eq!(p.known(&key(1)), Known::Published(100));
     p.settle(hold(placed[0]), false, Time(0));
     p.fail_write(Owner(1), &key(2));
@@ -113,7 +117,7 @@ fn a_shared_chunk_is_kept_for_every_announced_consumer() {
 fn a_consumer_may_be_faster_than_the_end_of_the_request() {
     let mut p = pool(2);
     let h = hold(admit(&mut p, 1, [5]).expect("room")[0]);
-    p.publish(Owner(1), &key(5), h);
+    p.publish(Owner(1), &key(5), h, origin());
     let (pinned, _) = p.pin(&key(5)).expect("visible");
     assert!(p.remove(Time(0), &key(5)));
     assert_eq!(p.known(&key(5)), Known::Absent, "removed means removed");
@@ -219,4 +223,35 @@ fn a_request_of_which_nothing_was_taken_keeps_its_retention() {
     assert_eq!(p.known(&key(1)), Known::Published(100));
     p.expire(Time(0) + RETENTION);
     assert!(p.groups.is_empty(), "nothing is remembered of what has gone");
+}
+
+#[test]
+fn a_loan_keeps_bytes_and_is_nobodys_consumption() {
+    let mut p = pool(1);
+    let (start, h) = (Time(0), publish(&mut p, 1, 1, Time(0)));
+    assert_eq!(p.lend(&key(1), false), Some((h, 100, origin())), "asking pins nothing");
+    assert_eq!(p.counts().pinned, 0);
+    assert_eq!(p.lend(&key(1), true), Some((h, 100, origin())));
+    assert_eq!((p.counts().pinned, p.available()), (1, 0));
+    // Its consumer has still not come: what is lent is kept beyond the retention, and dropped when it is back.
+    p.expire(start + 2 * RETENTION);
+    assert_eq!(p.known(&key(1)), Known::Published(100));
+    p.unpin(h);
+    p.check().expect("consistent");
+    assert_eq!(p.available(), 0, "protected for its consumer, who may still come");
+    p.expire(start + 2 * RETENTION);
+    assert_eq!((p.known(&key(1)), p.counts().free), (Known::Absent, 1));
+}
+
+#[test]
+fn a_lent_chunk_can_be_removed_and_its_page_waits() {
+    let mut p = pool(1);
+    let h = publish(&mut p, 1, 1, Time(0));
+    assert!(p.lend(&key(1), true).is_some());
+    assert!(p.remove(Time(0), &key(1)));
+    assert_eq!((p.known(&key(1)), p.lend(&key(1), true)), (Known::Absent, None));
+    assert_eq!(p.counts().free, 0, "somebody reads it");
+    p.unpin(h);
+    p.check().expect("consistent");
+    assert_eq!(p.counts().free, 1);
 }

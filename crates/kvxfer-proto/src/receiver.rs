@@ -10,9 +10,11 @@
 //! The machine owns the [`Pool`] and the admission [`Queue`]. It reads no memory: it asks for a check with
 //! [`Output::Verify`] and is told the answer with [`Receiver::verified`]. A chunk becomes visible there and nowhere else.
 //! Requests are told apart by peer (name, epoch and connection), channel and serial, so two senders may use the same request id.
+//! A peer may also ask for chunks and read them back from their pages; see `loans`.
 //! Whatever a peer says is either a step that fits the state, a repetition that is answered again, or ignored.
 
 mod extend;
+mod loans;
 mod requests;
 
 use crate::admission::{Attempt, Queue};
@@ -22,6 +24,7 @@ use crate::plan::check_chunks;
 use crate::pool::{Hold, Known, Owner, Placement, Pool};
 use crate::wire::{Check, ChunkSpec, MAX_TEXT, Message, Slot};
 use crate::{AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, RequestId, Time};
+use loans::Loans;
 use requests::{ChunkState, Phase, Request};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
@@ -145,6 +148,7 @@ struct Channel {
     /// The sender has closed it; it is kept until the writes of its last request have ended.
     closing: bool,
     last_serial: u64,
+    last_query: u64,
     live: HashMap<u64, Owner>,
 }
 
@@ -156,6 +160,7 @@ pub struct Receiver {
     channels: HashMap<PeerId, HashMap<u64, Channel>>,
     requests: HashMap<Owner, Request>,
     timers: BTreeSet<(Time, Owner)>,
+    loans: Loans,
     next_owner: u64,
     active: u32,
     outputs: VecDeque<Output>,
@@ -172,6 +177,7 @@ impl Receiver {
             channels: HashMap::new(),
             requests: HashMap::new(),
             timers: BTreeSet::new(),
+            loans: Loans::default(),
             next_owner: 1,
             active: 0,
             outputs: VecDeque::new(),
@@ -219,6 +225,20 @@ impl Receiver {
             Message::Abort { channel, serial, quiet, code } => {
                 self.on_request(peer, *channel, *serial, |m, owner| m.aborted(now, owner, *quiet, *code))
             }
+            Message::Query { channel, query, keys, lease_ms } => {
+                let known = self.channel(peer, *channel).is_some_and(|c| !c.closing);
+                if known {
+                    self.query(now, (peer, *channel, *query), keys, Duration::from_millis(*lease_ms));
+                }
+                known
+            }
+            Message::Release { channel, query } => {
+                let known = self.channel(peer, *channel).is_some();
+                if known {
+                    self.release(now, (peer, *channel, *query));
+                }
+                known
+            }
             Message::Detach { channel, code, text } => {
                 let known = self.channel(peer, *channel).is_some();
                 if known {
@@ -265,6 +285,7 @@ impl Receiver {
     /// The connection has ended; writes of the peer may still land.
     pub fn peer_gone(&mut self, now: Time, peer: &PeerId, code: ErrorCode) {
         self.channels.remove(peer);
+        self.end_loans(peer, None);
         let text = format!("sender {} is gone: {code}", peer.name);
         for owner in self.owners(|r| r.peer == *peer && r.phase != Phase::Ended) {
             self.end(now, owner, code, &text, true);
@@ -283,6 +304,7 @@ impl Receiver {
 
     /// Does what is due at `now`.
     pub fn tick(&mut self, now: Time) {
+        self.end_leases(now);
         self.pool.expire(now);
         while let Some(&(at, owner)) = self.timers.first() {
             if at > now {
@@ -297,7 +319,7 @@ impl Receiver {
     /// When [`Receiver::tick`] has something to do next.
     pub fn next_timeout(&self) -> Option<Time> {
         let timer = self.timers.first().map(|t| t.0);
-        [timer, self.pool.next_expiry()].into_iter().flatten().min()
+        [timer, self.loans.next_end(), self.pool.next_expiry()].into_iter().flatten().min()
     }
 
     // ---- the engine's side ----
@@ -342,6 +364,7 @@ impl Receiver {
             return;
         }
         self.closed = Some((code, text.to_owned()));
+        self.end_all_loans();
         for owner in self.owners(|r| r.phase != Phase::Ended) {
             self.end(now, owner, code, text, false);
         }
@@ -355,6 +378,7 @@ impl Receiver {
     /// Checks all bookkeeping; the text says what differs. For tests: it looks at every page and request.
     pub fn check(&self) -> Result<(), String> {
         self.pool.check()?;
+        self.loans.check()?;
         self.check_requests()
     }
 
@@ -493,6 +517,7 @@ impl Receiver {
                     return;
                 }
                 r.chunks[chunk as usize] = ChunkState::Verifying(hold);
+                r.checks[chunk as usize] = check;
                 let spec = &r.specs[chunk as usize];
                 if check == Check::None {
                     self.publish(now, owner, chunk, hold);
@@ -536,6 +561,7 @@ impl Receiver {
     }
 
     fn detach(&mut self, now: Time, peer: &PeerId, channel: u64, code: ErrorCode, text: &str) {
+        self.end_loans(peer, Some(channel));
         for owner in self.owners(|r| r.peer == *peer && r.channel == channel && r.phase != Phase::Ended) {
             self.end(now, owner, code, text, true);
         }

@@ -27,6 +27,8 @@ pub const MAX_FRAME: usize = 4 << 20;
 pub const MAX_NOTIFICATION: usize = 4096;
 /// Most chunks in one request.
 pub const MAX_CHUNKS: usize = 65_536;
+/// Most keys in one query.
+pub const MAX_QUERY: usize = 4096;
 /// Longest text meant for humans, and longest string of a geometry or host identity, in bytes.
 pub const MAX_TEXT: usize = 4096;
 /// Most transports in one [`Message::Offers`], and most tickets in one [`RegionAdvert`].
@@ -263,6 +265,48 @@ pub enum Message {
         /// The reservation.
         serial: u64,
     },
+    /// Asks a receiver which of these chunks it has, to read them back from its pages.
+    Query {
+        /// The channel.
+        channel: u64,
+        /// Number of this query in the channel, larger than the one before.
+        query: u64,
+        /// The chunks.
+        keys: Vec<ChunkKey>,
+        /// Milliseconds the pages of what is found shall stay as they are, unless released before; 0 only asks.
+        lease_ms: u64,
+    },
+    /// Answer to [`Message::Query`].
+    Found {
+        /// The channel.
+        channel: u64,
+        /// The query.
+        query: u64,
+        /// The published ones, in the order of the query; a key that is not here is absent.
+        chunks: Vec<FoundChunk>,
+        /// Milliseconds their pages stay as they are, counted from this answer; at most what was asked for.
+        lease_ms: u64,
+        /// [`ErrorCode::Ok`] or why the query was not looked at.
+        code: ErrorCode,
+        /// Reason in words.
+        text: String,
+    },
+    /// Nothing of a query is read any more.
+    Release {
+        /// The channel.
+        channel: u64,
+        /// The query.
+        query: u64,
+    },
+    /// Answer to [`Message::Release`]: whether the pages stayed as they were until it came.
+    Released {
+        /// The channel.
+        channel: u64,
+        /// The query.
+        query: u64,
+        /// [`ErrorCode::Ok`]; [`ErrorCode::Stale`] when the lease had ended: what was read may be of another chunk.
+        code: ErrorCode,
+    },
 
     /// Is anybody there?
     Ping {
@@ -299,7 +343,11 @@ impl Message {
             | Self::Ready { channel, .. }
             | Self::Abort { channel, .. }
             | Self::Revoke { channel, .. }
-            | Self::Renew { channel, .. } => Some(*channel),
+            | Self::Renew { channel, .. }
+            | Self::Query { channel, .. }
+            | Self::Found { channel, .. }
+            | Self::Release { channel, .. }
+            | Self::Released { channel, .. } => Some(*channel),
             _ => None,
         }
     }
@@ -425,4 +473,21 @@ pub enum Slot {
     Present,
     /// Another request is writing it; [`Message::Resolved`] follows.
     Pending,
+}
+
+/// One chunk that a query has found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundChunk {
+    /// Its place in the query.
+    pub index: u32,
+    /// Where it is.
+    pub page: PageIndex,
+    /// Generation of that page.
+    pub generation: Generation,
+    /// Valid bytes.
+    pub len: u64,
+    /// The request that wrote it; its digest is bound to it.
+    pub request: RequestId,
+    /// What its writer said of its bytes, and the receiver has checked.
+    pub check: Check,
 }

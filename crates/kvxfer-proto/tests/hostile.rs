@@ -2,9 +2,10 @@
 
 use kvxfer_proto::layout::Layout;
 use kvxfer_proto::pool::Known;
+use kvxfer_proto::query::Asker;
 use kvxfer_proto::receiver::{self, PeerId, Receiver, Settings};
 use kvxfer_proto::sender::{self, Sender};
-use kvxfer_proto::wire::{Check, ChunkSpec, Message, Slot};
+use kvxfer_proto::wire::{Check, ChunkSpec, FoundChunk, Message, Slot};
 use kvxfer_proto::{
     AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId, Time,
 };
@@ -17,6 +18,17 @@ const LEN: u64 = 100;
 
 fn key(n: u8) -> ChunkKey {
     ChunkKey::new(format!("k{n}")).expect("valid")
+}
+
+fn found() -> impl Strategy<Value = FoundChunk> {
+    (0..4u32, 0..PAGES + 1, 0..LEN + 2).prop_map(|(index, page, len)| FoundChunk {
+        index,
+        page: PageIndex(page),
+        generation: Generation(1),
+        len,
+        request: RequestId::new("r").expect("valid"),
+        check: Check::None,
+    })
 }
 
 /// Any channel message, with numbers small enough to hit something.
@@ -83,9 +95,18 @@ fn message() -> impl Strategy<Value = Message> {
         1 => (cs.clone(), code.clone()).prop_map(|((channel, serial), code)| Message::Refused {
             channel, serial, code, text: String::new()
         }),
-        1 => (cs, code).prop_map(|((channel, serial), code)| Message::Revoke {
+        1 => (cs.clone(), code.clone()).prop_map(|((channel, serial), code)| Message::Revoke {
             channel, serial, code, text: String::new()
         }),
+        4 => (cs.clone(), proptest::collection::vec((0..8u8).prop_map(key), 0..4), prop_oneof![Just(0), 1..200u64])
+            .prop_map(|((channel, query), keys, lease_ms)| Message::Query { channel, query, keys, lease_ms }),
+        2 => cs.clone().prop_map(|(channel, query)| Message::Release { channel, query }),
+        4 => (cs.clone(), proptest::collection::vec(found(), 0..4), 0..2u64, code.clone()).prop_map(
+            |((channel, query), chunks, lease_ms, code)| Message::Found {
+                channel, query, chunks, lease_ms, code, text: String::new()
+            }
+        ),
+        4 => (cs, code).prop_map(|((channel, query), code)| Message::Released { channel, query, code }),
     ]
 }
 
@@ -189,5 +210,53 @@ proptest! {
         }
         prop_assert!(open.is_empty(), "{open:?} never ended");
         prop_assert!(s.is_idle());
+    }
+
+    #[test]
+    fn an_asker_survives_any_receiver(
+        script in proptest::collection::vec((message(), 0..6u64, 0..4u8), 1..60),
+    ) {
+        let mut a = Asker::new(1, Layout::new(LEN, PAGES).expect("valid"));
+        let (mut open, mut reading, mut releasing) = (HashSet::new(), HashSet::new(), HashSet::new());
+        for i in 0..4u64 {
+            let lease = Duration::from_millis(i % 2 * 100);
+            open.insert(a.ask((0..3).map(key).collect(), lease).expect("asked").0);
+        }
+        for (message, query, what) in script {
+            a.message(&message);
+            match what {
+                0 => if let Some(found) = a.found(query) {
+                    prop_assert!(open.remove(&query), "answered twice");
+                    if let Ok(found) = found {
+                        let inside = |c: &FoundChunk| c.page.0 < PAGES && c.index < 3 && (1..=LEN).contains(&c.len);
+                        prop_assert!(found.chunks.iter().all(inside), "{found:?}");
+                        prop_assert!(found.chunks.is_sorted_by(|a, b| a.index < b.index), "{found:?}");
+                        if !found.lease.is_zero() {
+                            reading.insert(query);
+                        }
+                    }
+                },
+                1 if a.release(query).is_some() => {
+                    prop_assert!(reading.remove(&query));
+                    releasing.insert(query);
+                }
+                2 if a.released(query).is_some() => {
+                    prop_assert!(releasing.remove(&query), "an answer nobody asked for");
+                }
+                _ => {}
+            }
+        }
+        a.close(&sender::Failure { code: ErrorCode::PeerGone, text: String::new() });
+        for query in open {
+            let found = a.found(query).expect("everything ends");
+            if found.is_ok_and(|f| !f.lease.is_zero()) {
+                reading.insert(query);
+            }
+        }
+        for query in reading.into_iter().chain(releasing) {
+            prop_assert!(a.release(query).is_none(), "there is nobody to tell");
+            prop_assert!(a.released(query).is_some(), "everything ends");
+        }
+        prop_assert_eq!(a.open(), 0);
     }
 }

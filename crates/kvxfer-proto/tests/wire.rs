@@ -3,8 +3,8 @@
 //! `KVXFER_BLESS=1 cargo test -p kvxfer-proto --test wire` rewrites the golden files after a deliberate change.
 
 use kvxfer_proto::wire::{
-    Check, ChunkSpec, Hello, HostIdentity, MAX_CHUNKS, MAX_FRAME, MAX_NOTIFICATION, MAX_TEXT, Message, Offer,
-    RegionAdvert, Slot, Ticket, WireError, decode, encode,
+    Check, ChunkSpec, FoundChunk, Hello, HostIdentity, MAX_CHUNKS, MAX_FRAME, MAX_NOTIFICATION, MAX_QUERY,
+    MAX_TEXT, Message, Offer, RegionAdvert, Slot, Ticket, WireError, decode, encode,
 };
 use kvxfer_proto::{
     AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RegionId, RequestId,
@@ -26,6 +26,11 @@ fn region() -> RegionAdvert {
 
 fn key(n: u32) -> ChunkKey {
     ChunkKey::new(format!("llama@8@0@{n:016x}@bfloat16")).expect("a valid key")
+}
+
+fn found(index: u32, request: &str, check: Check) -> FoundChunk {
+    let request = RequestId::new(request).expect("a valid id");
+    FoundChunk { index, page: PageIndex(3), generation: Generation(9), len: 1 << 17, request, check }
 }
 
 /// One message of every type, each with a name for its file.
@@ -151,6 +156,31 @@ fn samples() -> Vec<(&'static str, Message)> {
         ("abort", Message::Abort { channel, serial, quiet: true, code: ErrorCode::Cancelled }),
         ("revoke", Message::Revoke { channel, serial, code: ErrorCode::TimedOut, text }),
         ("renew", Message::Renew { channel, serial }),
+        ("query", Message::Query { channel, query: 3, keys: vec![key(1), key(2)], lease_ms: 10_000 }),
+        (
+            "found",
+            Message::Found {
+                channel,
+                query: 3,
+                chunks: vec![found(1, "cmpl-1", Check::Bound(0xfeed_beef))],
+                lease_ms: 10_000,
+                code: ErrorCode::Ok,
+                text: String::new(),
+            },
+        ),
+        (
+            "found_refused",
+            Message::Found {
+                channel,
+                query: 3,
+                chunks: Vec::new(),
+                lease_ms: 0,
+                code: ErrorCode::NoCapacity,
+                text: "64 queries".into(),
+            },
+        ),
+        ("release", Message::Release { channel, query: 3 }),
+        ("released", Message::Released { channel, query: 3, code: ErrorCode::Stale }),
         ("ping", Message::Ping { nonce: 1 }),
         ("pong", Message::Pong { nonce: 1 }),
         ("bye", Message::Bye { reason: "shutdown".into() }),
@@ -248,6 +278,15 @@ fn limits_are_checked_on_both_sides() {
         },
         Message::Grant { channel: 1, serial: 1, slots: vec![Slot::Present; MAX_CHUNKS + 1], lease_ms: 1 },
         Message::Auth { mac: vec![0; 65] },
+        Message::Query { channel: 1, query: 1, keys: vec![key(1); MAX_QUERY + 1], lease_ms: 1 },
+        Message::Found {
+            channel: 1,
+            query: 1,
+            chunks: vec![found(0, "r", Check::None); MAX_QUERY + 1],
+            lease_ms: 1,
+            code: ErrorCode::Ok,
+            text: String::new(),
+        },
         Message::RegionQuery { query: 1, name: long },
     ];
     for message in too_much {
@@ -268,6 +307,27 @@ fn limits_are_checked_on_both_sides() {
         more: 0,
     };
     assert!(matches!(encode(&reserve), Err(WireError::FrameTooLarge { .. })));
+}
+
+#[test]
+fn the_largest_query_and_its_answer_fit_a_frame() {
+    let keys = vec![ChunkKey::new("k".repeat(512)).expect("valid"); MAX_QUERY];
+    encode(&Message::Query { channel: u64::MAX, query: u64::MAX, keys, lease_ms: u64::MAX }).expect("fits");
+    let chunk = FoundChunk {
+        page: PageIndex(u32::MAX),
+        generation: Generation(u64::MAX),
+        len: u64::MAX,
+        ..found(u32::MAX, &"r".repeat(256), Check::Bound(u64::MAX))
+    };
+    let answer = Message::Found {
+        channel: u64::MAX,
+        query: u64::MAX,
+        chunks: vec![chunk; MAX_QUERY],
+        lease_ms: u64::MAX,
+        code: ErrorCode::Ok,
+        text: "x".repeat(MAX_TEXT),
+    };
+    encode(&answer).expect("fits");
 }
 
 #[test]
@@ -313,7 +373,7 @@ proptest! {
 
     #[test]
     fn damaged_messages_are_refused_or_read_within_limits(
-        which in 0..28usize,
+        which in 0..36usize,
         flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
     ) {
         let (_, message) = samples().swap_remove(which);

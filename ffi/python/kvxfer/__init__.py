@@ -46,6 +46,7 @@ from kvxfer.errors import (
     OutOfRange,
     PeerGone,
     RequirementNotMet,
+    Stale,
     TimedOut,
     TooLarge,
     TransportFailed,
@@ -55,6 +56,7 @@ from kvxfer.errors import (
 )
 from kvxfer.memory import SharedMemory
 from kvxfer.outbox import Ended, Outbox, Released
+from kvxfer.query import Found, FoundChunk, ReadReport
 from kvxfer.region import Region
 from kvxfer.transfer import Transfer, TransferReport
 
@@ -77,6 +79,8 @@ __all__ = [
     "Delivery",
     "DeliveryReport",
     "Ended",
+    "Found",
+    "FoundChunk",
     "Geometry",
     "InvalidArgument",
     "KvxferError",
@@ -90,6 +94,7 @@ __all__ = [
     "Peer",
     "PeerGone",
     "PoolStats",
+    "ReadReport",
     "Receiver",
     "Region",
     "Released",
@@ -99,6 +104,7 @@ __all__ = [
     "Reservation",
     "Sender",
     "SharedMemory",
+    "Stale",
     "TimedOut",
     "TooLarge",
     "Transfer",

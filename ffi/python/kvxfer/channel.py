@@ -17,6 +17,7 @@ from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, millisec
 from kvxfer._native import ffi, lib
 from kvxfer.agent import Agent, Peer, memory_of
 from kvxfer.errors import TimedOut, check
+from kvxfer.query import Found, query
 from kvxfer.region import Region
 
 _SLICE_S = 0.25
@@ -315,6 +316,11 @@ class Sender:
             self._agent,
             handle("kvxfer_reservation_t", lib.kvxfer_reservation_free, lib.kvxfer_sender_reserve, *arguments),
         )
+
+    def query(self, keys: Iterable[str], lease: float, timeout: float = 10.0) -> Found:
+        """Asks which of these chunks the receiver has published; blocks. Their pages are held for `lease` seconds (at most the
+        receiver's own), so that `Found.read` can read them back; 0 only asks and holds nothing."""
+        return query(self._agent, self._handle, keys, lease, timeout)
 
 
 class Reservation:

@@ -108,6 +108,10 @@ class RequirementNotMet(KvxferError):
     """A configured transport requirement is not met."""
 
 
+class Stale(KvxferError):
+    """The lease, grant or page is of an earlier time."""
+
+
 _CLASSES: dict[int, type[KvxferError]] = {
     lib.KVXFER_INVALID_ARGUMENT: InvalidArgument,
     lib.KVXFER_NOT_FOUND: NotFound,
@@ -128,6 +132,7 @@ _CLASSES: dict[int, type[KvxferError]] = {
     lib.KVXFER_BUSY: Busy,
     lib.KVXFER_UNSUPPORTED: Unsupported,
     lib.KVXFER_REQUIREMENT: RequirementNotMet,
+    lib.KVXFER_STALE: Stale,
 }
 
 

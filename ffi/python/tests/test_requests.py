@@ -109,3 +109,30 @@ def test_a_pool_in_memory_of_the_callers_own(agent):
             chunk = receiver.acquire("k")
             assert memory[chunk.page * PAGE :][:PAGE] == pattern(PAGE, 3)
             chunk.release()
+
+
+def test_chunks_are_read_back_from_the_receiver(agent, receiver, sender):
+    data = pattern(PAGE + 1000, 5)
+    region = agent.register(bytearray(data))
+    sender.send("request", [("a", region, [(0, PAGE)]), ("b", region, [(PAGE, 1000)])]).wait(WAIT_S)
+    back = agent.allocate(4 * PAGE)
+    with sender.query(["x", "a", "b"], lease=10, timeout=WAIT_S) as found:
+        assert [(c.index, c.length) for c in found.chunks] == [(1, PAGE), (2, 1000)] and found.lease == 10
+        assert receiver.stats.pinned == 2
+        report = found.read([(2, back, [(0, 400), (PAGE, 600)]), (1, back, [(2 * PAGE, PAGE)])], WAIT_S)
+    assert (report.chunks, report.bytes, receiver.stats.pinned) == (2, PAGE + 1000, 0)
+    memory = bytes(back.memory)
+    assert memory[:400] + memory[PAGE : PAGE + 600] == data[PAGE:] and memory[2 * PAGE : 3 * PAGE] == data[:PAGE]
+    with pytest.raises(kvxfer.KvxferError):
+        found.read([(1, back, [(0, PAGE)])])
+
+
+def test_asking_holds_nothing_without_a_lease(receiver, sender, agent):
+    sender.send("request", [("a", agent.allocate(PAGE), [(0, PAGE)])]).wait(WAIT_S)
+    found = sender.query(["a", "b"], lease=0)
+    assert (len(found), found.lease, receiver.stats.pinned) == (1, 0, 0)
+    with pytest.raises(kvxfer.InvalidArgument, match="nothing is held"):
+        found.read([(0, agent.allocate(PAGE), [(0, PAGE)])])
+    for keys in ([], [""], ["k" * 513]):
+        with pytest.raises(kvxfer.InvalidArgument):
+            sender.query(keys, lease=1)

@@ -340,6 +340,10 @@ impl Peer {
         self.inner.check_up()?;
         self.inner.send_notification(&self.agent, payload, false)
     }
+    /// Refuses a call that waits on the thread which would have to make it come true.
+    pub(crate) fn check_may_wait(&self, call: &str) -> Result<()> {
+        self.agent.check_may_wait(call)
+    }
     /// Queues a control message; does not block. Fails when the peer is gone or its queue is full.
     #[expect(clippy::needless_pass_by_value, reason = "the message is spent")]
     pub(crate) fn send(&self, message: Message) -> Result<()> {

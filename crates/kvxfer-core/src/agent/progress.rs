@@ -446,6 +446,16 @@ impl Progress {
                 let text = format!("agent {:?} has no channel {channel}", self.inner.name.as_str());
                 self.reply(peer, &Message::Refused { channel, serial, code, text });
             }
+            Message::Query { channel, query, .. } => {
+                let text = format!("agent {:?} has no channel {channel}", self.inner.name.as_str());
+                self.reply(
+                    peer,
+                    &Message::Found { channel, query, chunks: Vec::new(), lease_ms: 0, code, text },
+                );
+            }
+            Message::Release { channel, query } => {
+                self.reply(peer, &Message::Released { channel, query, code });
+            }
             other => {
                 tracing::debug!(peer = %peer.info.name, channel = ?other.channel(), "nobody takes this message");
             }

@@ -7,6 +7,8 @@
 //!                        └─ Commit (digest) ─────────► check ─► published ─► lookup, acquire ─► engine
 //! ```
 //!
+//! The other way round, a [`Sender`] asks a receiver for published chunks and reads them back from its pages ([`Found`]).
+//!
 //! All decisions are made by the machines of `kvxfer-proto`. What is here carries them out: it feeds them messages, ends of
 //! transfers and time, and turns what they ask for into messages, transfers and checks. A machine is only touched under its
 //! channel's lock; messages are queued under that lock too, so that they leave in the order in which they were decided;
@@ -16,6 +18,7 @@ mod anchor;
 mod digest;
 mod outbox;
 mod pool;
+mod query;
 mod receiver;
 mod sender;
 mod session;
@@ -27,5 +30,6 @@ mod write;
 mod tests;
 
 pub use outbox::{Batch, Outbox, OutboxConfig, OutboxEvent};
+pub use query::{Found, ReadReport};
 pub use receiver::{Chunk, Lookup, PoolStats, Receiver, ReceiverConfig, ReceiverEvent};
 pub use sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};

@@ -3,12 +3,13 @@
 //! A [`Sender`] is a name for a receiver's pool; what happens over one connection to it is a [`Session`]. When the receiver
 //! was restarted the session's requests end with [`ErrorCode::PeerGone`], and the next request opens a new one.
 
+use super::query::{self, Found};
 use super::session::{Session, failed};
 use super::ticket::Ticket;
 use crate::{Agent, Error, Peer, Region, Result};
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::wire::ChunkSpec;
-use kvxfer_proto::{ErrorCode, Geometry, Integrity, PageIndex, RequestId};
+use kvxfer_proto::{ChunkKey, ErrorCode, Geometry, Integrity, PageIndex, RequestId};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -159,6 +160,22 @@ impl Sender {
         Ok(reservation.finish())
     }
 
+    /// Asks which of `keys` the receiver has published. Their pages are held for `lease` (at most the receiver's own), counted from
+    /// its answer, so that [`Found::read`] can read them back; a lease of zero only asks and holds nothing.
+    pub fn query(&self, keys: Vec<ChunkKey>, lease: Duration, timeout: Duration) -> Result<Found> {
+        let deadline = Instant::now() + timeout;
+        let mut session = self.handle.session(deadline)?;
+        let answer = match query::ask(&session, &keys, lease, deadline) {
+            // It ended between being looked at and being used: once more, over a new one.
+            Err(_) if !session.is_open() => {
+                session = self.handle.session(deadline)?;
+                query::ask(&session, &keys, lease, deadline)?
+            }
+            result => result?,
+        };
+        Ok(Found::new(self.handle.clone(), session, keys, answer))
+    }
+
     /// True when a request can be declared without connecting first.
     pub fn is_open(&self) -> bool {
         self.handle.session.try_lock().is_some_and(|session| session.is_open())
@@ -307,7 +324,7 @@ impl std::fmt::Debug for ChunkSource {
 }
 
 /// What all clones of a sender share.
-struct Handle {
+pub(super) struct Handle {
     agent: Agent,
     address: String,
     config: SenderConfig,

@@ -16,6 +16,7 @@ use crate::{Agent, Error, Peer, Piece, RemoteRegion, Result, Transfer, TransferO
 use kvxfer_proto::integrity::Binding;
 use kvxfer_proto::layout::Layout;
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
+use kvxfer_proto::query::Asker;
 use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Write};
 use kvxfer_proto::wire::{Check, ChunkSpec, Message, RegionAdvert};
 use kvxfer_proto::{ErrorCode, Integrity, RequestId, Time};
@@ -51,6 +52,7 @@ struct State {
 /// What an attachment brings.
 struct Attached {
     machine: machine::Sender,
+    asker: Asker,
     layout: Layout,
     remote: RemoteRegion,
     /// Level of checking unless a write's transport asks for more.
@@ -256,7 +258,7 @@ impl Session {
 
     /// Ends every request and closes the channel.
     pub(super) fn close(&self, failure: &Failure) {
-        self.with(|m| m.close(failure));
+        self.end(failure);
         let (channel, code, text) = (self.channel, failure.code, failure.text.clone());
         // A peer that is gone needs no word.
         let _ = self.peer.send(Message::Detach { channel, code, text });
@@ -267,7 +269,67 @@ impl Session {
         self.anchor.release();
     }
 
-    // ---- driving the machine ----
+    // ---- queries ----
+
+    /// Tells the asking machine something; an error when there is no attachment.
+    pub(super) fn ask<T>(&self, f: impl FnOnce(&mut Asker) -> T) -> Result<T> {
+        match &mut self.state.lock().attached {
+            Some(Ok(a)) => Ok(f(&mut a.asker)),
+            Some(Err(e)) => Err(e.clone()),
+            None => Err(Error::failed(ErrorCode::InProgress, "not attached yet")),
+        }
+    }
+
+    /// Has the asking machine say something, in the order in which it decides.
+    pub(super) fn say<T>(&self, f: impl FnOnce(&mut Asker) -> Result<(T, Option<Message>)>) -> Result<T> {
+        self.ask(|a| {
+            let (result, message) = f(a)?;
+            message.map_or(Ok(()), |m| self.peer.send(m))?;
+            Ok(result)
+        })?
+    }
+
+    /// Waits until the asking machine knows something; `None` when the time is over first.
+    pub(super) fn wait_for<T>(
+        &self,
+        deadline: Instant,
+        mut f: impl FnMut(&mut Asker) -> Option<T>,
+    ) -> Option<T> {
+        let mut state = self.state.lock();
+        loop {
+            let Some(Ok(a)) = &mut state.attached else { return None };
+            if let Some(known) = f(&mut a.asker) {
+                return Some(known);
+            }
+            if Instant::now() >= deadline {
+                return None;
+            }
+            self.changed.wait_until(&mut state, deadline);
+        }
+    }
+
+    /// The pool as this side sees it: its memory, its layout, and the level of checking unless a transport asks for more.
+    pub(super) fn pool(&self) -> Result<(RemoteRegion, Layout, Integrity)> {
+        match &self.state.lock().attached {
+            Some(Ok(a)) => Ok((a.remote.clone(), a.layout, a.level)),
+            Some(Err(e)) => Err(e.clone()),
+            None => Err(Error::failed(ErrorCode::InProgress, "not attached yet")),
+        }
+    }
+
+    /// The level of checking that the configuration names.
+    pub(super) fn stated_integrity(&self) -> Option<Integrity> {
+        self.integrity
+    }
+
+    // ---- driving the machines ----
+
+    /// The channel has ended.
+    fn end(&self, failure: &Failure) {
+        let _ = self.ask(|a| a.close(failure));
+        self.with(|m| m.close(failure));
+        self.changed.notify_all();
+    }
 
     fn with(&self, f: impl FnOnce(&mut machine::Sender)) {
         let mut state = self.state.lock();
@@ -516,7 +578,9 @@ impl Session {
         let level = self
             .integrity
             .unwrap_or_else(|| remote.transports().first().map_or(Integrity::Full, |k| by_transport(*k)));
-        Ok(Attached { machine: machine::Sender::new(self.channel, layout), layout, remote, level })
+        let machine = machine::Sender::new(self.channel, layout);
+        let asker = Asker::new(self.channel, layout);
+        Ok(Attached { machine, asker, layout, remote, level })
     }
 
     fn is_peer(&self, peer: &Peer) -> bool {
@@ -544,22 +608,28 @@ impl Host for Session {
             }
             return true;
         }
-        let unknown = matches!(message, Message::Refused { code: ErrorCode::NotFound, .. });
-        let mut taken = false;
-        self.with(|m| {
-            taken = m.message(host::now(), message);
-            if unknown {
-                m.close(&failed(ErrorCode::PeerGone, "the receiver does not know this channel any more"));
+        let mut taken = self.ask(|a| a.message(message)).unwrap_or(false);
+        self.with(|m| taken |= m.message(host::now(), message));
+        match message {
+            Message::Refused { code: ErrorCode::NotFound, .. }
+            | Message::Found { code: ErrorCode::NotFound, .. }
+            | Message::Released { code: ErrorCode::NotFound, .. } => {
+                self.end(&failed(ErrorCode::PeerGone, "the receiver does not know this channel any more"));
             }
-        });
+            Message::Detach { code, text, .. } => {
+                self.end(&failed(*code, format!("the receiver closed its pool: {text}")));
+            }
+            _ => {
+                self.changed.notify_all();
+            }
+        }
         taken
     }
 
     fn peer_gone(&self, peer: &Peer, code: ErrorCode) {
         if self.is_peer(peer) {
             let failure = failed(ErrorCode::PeerGone, format!("receiver {} is gone: {code}", peer.name()));
-            self.with(|m| m.close(&failure));
-            self.changed.notify_all();
+            self.end(&failure);
         }
     }
 
@@ -585,7 +655,6 @@ impl Host for Session {
     }
 
     fn closed(&self) {
-        self.with(|m| m.close(&failed(ErrorCode::Closed, "the agent was shut down")));
-        self.changed.notify_all();
+        self.end(&failed(ErrorCode::Closed, "the agent was shut down"));
     }
 }

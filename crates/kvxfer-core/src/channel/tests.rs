@@ -7,6 +7,9 @@ use kvxfer_proto::wire::ChunkSpec;
 use kvxfer_proto::{ChunkKey, ErrorCode, Geometry, Integrity, RequestId};
 use std::time::Duration;
 
+#[path = "query_tests.rs"]
+mod query;
+
 const PAGE: u64 = 128 << 10;
 /// An upper bound for everything that is to happen soon.
 const SOON: Duration = Duration::from_secs(20);

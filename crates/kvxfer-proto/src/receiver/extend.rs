@@ -5,7 +5,7 @@
 use super::requests::{ChunkState, Phase};
 use super::{ErrorCode, Message, Owner, Placement, Receiver, Time};
 use crate::plan::check_chunks;
-use crate::wire::{ChunkSpec, Slot};
+use crate::wire::{Check, ChunkSpec, Slot};
 
 impl Receiver {
     /// Chunks number `first` and following of a request. A repetition is answered again, a gap is ignored: the message before
@@ -38,6 +38,7 @@ impl Receiver {
         r.specs.extend_from_slice(chunks);
         r.chunks.resize(named + count, ChunkState::None);
         r.attempts.resize(named + count, 0);
+        r.checks.resize(named + count, Check::None);
         r.undone += count as u32;
         r.more -= count as u32;
         if r.phase == Phase::Active && !self.place(now, owner, named) {

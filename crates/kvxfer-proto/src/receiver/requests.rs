@@ -4,7 +4,8 @@ use super::{
     Attempt, BTreeSet, ErrorCode, Event, Hold, Integrity, Message, Output, Owner, PeerId, Placement,
     Receiver, RequestId, Slot, Time, VecDeque, clip, slot_of,
 };
-use crate::wire::ChunkSpec;
+use crate::pool::Origin;
+use crate::wire::{Check, ChunkSpec};
 
 pub(super) struct Request {
     pub(super) peer: PeerId,
@@ -14,6 +15,8 @@ pub(super) struct Request {
     pub(super) specs: Vec<ChunkSpec>,
     pub(super) chunks: Vec<ChunkState>,
     pub(super) attempts: Vec<u32>,
+    /// What the sender said of the bytes of those that are committed.
+    pub(super) checks: Vec<Check>,
     pub(super) integrity: Integrity,
     pub(super) phase: Phase,
     pub(super) deadline: Time,
@@ -83,6 +86,7 @@ impl Request {
             specs: specs.to_vec(),
             chunks: vec![ChunkState::None; specs.len()],
             attempts: vec![0; specs.len()],
+            checks: vec![Check::None; specs.len()],
             integrity,
             phase: Phase::Queued,
             deadline,
@@ -209,7 +213,9 @@ impl Receiver {
     /// A chunk has passed its check: it becomes visible, and everybody who waited for it has it.
     pub(super) fn publish(&mut self, now: Time, owner: Owner, chunk: u32, hold: Hold) {
         let Some(r) = self.requests.get_mut(&owner) else { return };
-        let Some(waiters) = self.pool.publish(owner, &r.specs[chunk as usize].key, hold) else { return };
+        let origin = Origin { request: r.id.clone(), check: r.checks[chunk as usize] };
+        let key = &r.specs[chunk as usize].key;
+        let Some(waiters) = self.pool.publish(owner, key, hold, origin) else { return };
         r.chunks[chunk as usize] = ChunkState::Done(hold);
         r.undone -= 1;
         let (channel, serial, generation) = (r.channel, r.serial, hold.generation);

@@ -1,8 +1,8 @@
 //! Encoding and decoding of one message, with every limit checked in both directions.
 
 use super::{
-    MAX_CHUNKS, MAX_FRAME, MAX_NOTIFICATION, MAX_OFFERS, MAX_PAYLOAD, MAX_PROOF, MAX_TEXT, Message,
-    RegionAdvert,
+    MAX_CHUNKS, MAX_FRAME, MAX_NOTIFICATION, MAX_OFFERS, MAX_PAYLOAD, MAX_PROOF, MAX_QUERY, MAX_TEXT,
+    Message, RegionAdvert,
 };
 use crate::{ErrorCode, Geometry};
 use serde::de::{IgnoredAny, MapAccess, Visitor};
@@ -89,7 +89,7 @@ pub fn decode(payload: &[u8]) -> Result<Message, WireError> {
 }
 
 /// Names of all messages, as on the wire.
-const TYPES: [&str; 27] = [
+const TYPES: [&str; 31] = [
     "hello",
     "auth",
     "offers",
@@ -114,6 +114,10 @@ const TYPES: [&str; 27] = [
     "abort",
     "revoke",
     "renew",
+    "query",
+    "found",
+    "release",
+    "released",
     "ping",
     "pong",
     "bye",
@@ -189,6 +193,11 @@ fn check(message: &Message) -> Result<(), WireError> {
             limit("extended.slots", slots.len().saturating_add(*first as usize), MAX_CHUNKS)
         }
         Message::Grant { slots, .. } => limit("grant.slots", slots.len(), MAX_CHUNKS),
+        Message::Query { keys, .. } => limit("query.keys", keys.len(), MAX_QUERY),
+        Message::Found { chunks, text, .. } => {
+            limit("found.chunks", chunks.len(), MAX_QUERY)?;
+            limit("found.text", text.len(), MAX_TEXT)
+        }
         Message::Refuse { text, .. }
         | Message::Detach { text, .. }
         | Message::Refused { text, .. }
@@ -202,6 +211,8 @@ fn check(message: &Message) -> Result<(), WireError> {
         | Message::Ready { .. }
         | Message::Abort { .. }
         | Message::Renew { .. }
+        | Message::Release { .. }
+        | Message::Released { .. }
         | Message::Ping { .. }
         | Message::Pong { .. } => Ok(()),
     }

@@ -243,6 +243,72 @@ fn more_pages_than_the_pool_has_are_refused_at_once() {
     w.run();
 }
 
+fn read_back(sender: usize, first: u32, count: u32, lease_ms: u64, read_ms: u64) -> Action {
+    Action::ReadBack { sender, first, count, lease_ms, read_ms }
+}
+
+#[test]
+fn what_is_there_is_read_back_and_given_back() {
+    let mut w = world(8, 2);
+    w.schedule(0, request(0, 0, 3));
+    w.schedule(100, read_back(1, 1, 4, 200, 50));
+    w.schedule(100, read_back(1, 10, 2, 200, 50));
+    w.schedule(100, read_back(1, 0, 3, 0, 50));
+    w.run_until(130);
+    assert_eq!(w.receiver.stats().pages.pinned, 2, "chunks 1 and 2, and none for the one that only asked");
+    w.run_until(200);
+    assert_eq!(w.read_backs[0].result, Some(Ok(2)), "two of four are there");
+    assert_eq!((&w.read_backs[1].result, &w.read_backs[2].result), (&Some(Ok(0)), &Some(Ok(0))));
+    assert_eq!(w.receiver.stats().pages.pinned, 0);
+    w.run();
+}
+
+#[test]
+fn a_page_that_is_read_is_not_reused() {
+    let mut w = world(4, 2);
+    w.schedule(0, request(0, 0, 4));
+    w.schedule(50, read_back(1, 0, 4, 250, 200));
+    for n in 0..4 {
+        w.schedule(60, Action::Consume { key: n, hold_ms: 0, remove: true });
+    }
+    w.schedule(70, request(0, 10, 4));
+    w.run_until(200);
+    assert!(w.result(1).is_none(), "the pages it needs are being read");
+    w.run_until(400);
+    assert_eq!((ok(&w, 1).written, &w.read_backs[0].result), (4, &Some(Ok(4))));
+    w.run();
+}
+
+#[test]
+fn who_reads_for_longer_than_the_lease_learns_that_it_does_not_count() {
+    let mut w = world(4, 2);
+    w.schedule(0, request(0, 0, 4));
+    w.schedule(50, read_back(1, 0, 4, 100_000, 20));
+    w.schedule(52, Action::Stop { sender: 1, ms: 600 });
+    for n in 0..4 {
+        w.schedule(60, Action::Consume { key: n, hold_ms: 0, remove: true });
+    }
+    w.schedule(70, request(0, 10, 4));
+    w.run_until(500);
+    assert_eq!(ok(&w, 1).written, 4, "nobody keeps pages for longer than the receiver's own lease");
+    w.run_until(900);
+    assert_eq!(w.read_backs[0].result, Some(Err(ErrorCode::Stale)));
+    w.run();
+}
+
+#[test]
+fn pins_of_a_reader_that_was_killed_are_given_back_at_once() {
+    let mut w = world(4, 2);
+    w.schedule(0, request(0, 0, 4));
+    w.schedule(50, read_back(1, 0, 4, 250, 200));
+    w.schedule(100, Action::Kill { sender: 1, silent_ms: 100 });
+    w.run_until(90);
+    assert_eq!(w.receiver.stats().pages.pinned, 4);
+    w.run_until(110);
+    assert_eq!(w.receiver.stats().pages.pinned, 0);
+    w.run();
+}
+
 fn stepwise(sender: usize, first: u32, count: u32, named: u32, extra: u32) -> Action {
     Action::Stepwise { sender, first, count, named, extra, deadline_ms: 1900, supply_after_ms: 100 }
 }
@@ -263,7 +329,10 @@ fn actions(senders: usize, restarts: bool) -> impl Strategy<Value = Vec<(u64, Ac
         1 => sender.clone().prop_map(|sender| Action::Abort { sender }),
         1 => (sender.clone(), 0..400u64).prop_map(|(sender, silent_ms)| Action::Kill { sender, silent_ms }),
         1 => (sender.clone(), 0..900u64).prop_map(|(sender, ms)| Action::Stop { sender, ms }),
-        1 => sender.prop_map(|sender| Action::Disconnect { sender }),
+        1 => sender.clone().prop_map(|sender| Action::Disconnect { sender }),
+        4 => (sender, 0..24u32, 1..9u32, 0..500u64, 0..400u64).prop_map(
+            |(sender, first, count, lease_ms, read_ms)| Action::ReadBack { sender, first, count, lease_ms, read_ms }
+        ),
         5 => (0..32u32, 0..200u64, any::<bool>())
             .prop_map(|(key, hold_ms, remove)| Action::Consume { key, hold_ms, remove }),
         u32::from(restarts) => Just(Action::RestartReceiver),

@@ -3,9 +3,10 @@
 //! After every step the oracle looks at everything: who owns which page, what is visible, which bytes are there.
 
 use kvxfer_proto::pool::{Hold, Known, Use};
+use kvxfer_proto::query::Asker;
 use kvxfer_proto::receiver::{self, Event, PeerId, Receiver, Settings, Verify};
 use kvxfer_proto::sender::{self, Failure, Sender, Write};
-use kvxfer_proto::wire::{Check, ChunkSpec, Message, Slot};
+use kvxfer_proto::wire::{Check, ChunkSpec, FoundChunk, Message, Slot};
 use kvxfer_proto::{
     AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId, Time,
     layout::Layout,
@@ -76,7 +77,26 @@ pub(crate) enum Action {
         hold_ms: u64,
         remove: bool,
     },
+    /// Asks for chunks and reads back what is found, which takes a while.
+    ReadBack {
+        sender: usize,
+        first: u32,
+        count: u32,
+        lease_ms: u64,
+        read_ms: u64,
+    },
     RestartReceiver,
+}
+
+/// A query and what became of it.
+pub(crate) struct ReadBack {
+    peer: PeerId,
+    query: u64,
+    first: u32,
+    read_ms: u64,
+    seen: Vec<(FoundChunk, Content)>,
+    /// Chunks read, and whether what was read counts.
+    pub(crate) result: Option<Result<usize, ErrorCode>>,
 }
 
 enum Ev {
@@ -92,6 +112,7 @@ enum Ev {
     Fenced(u64, PeerId),
     Connect(usize),
     Resume(usize),
+    ReadEnds(usize),
     Wake,
 }
 
@@ -120,6 +141,7 @@ pub(crate) struct Request {
 struct Tx {
     peer: PeerId,
     machine: Option<Sender>,
+    asker: Option<Asker>,
     stopped: bool,
     named: u32,
     held: Vec<Message>,
@@ -139,6 +161,7 @@ pub(crate) struct World {
     pub(crate) receiver: Receiver,
     pub(crate) requests: Vec<Request>,
     pub(crate) events: Vec<Event>,
+    pub(crate) read_backs: Vec<ReadBack>,
     settings: Settings,
     generation_of_receiver: u64,
     senders: Vec<Tx>,
@@ -181,6 +204,7 @@ impl World {
             receiver: Receiver::new(settings.clone()),
             requests: Vec::new(),
             events: Vec::new(),
+            read_backs: Vec::new(),
             settings,
             generation_of_receiver: 0,
             senders: Vec::new(),
@@ -203,6 +227,7 @@ impl World {
             let tx = Tx {
                 peer,
                 machine: None,
+                asker: None,
                 stopped: false,
                 named: 0,
                 held: Vec::new(),
@@ -221,6 +246,9 @@ impl World {
     /// Runs until nothing is left to do; then everything is cut off and the last pages must come back.
     pub(crate) fn run(&mut self) {
         self.run_agenda(Time::NEVER);
+        for r in self.read_backs.iter().filter(|r| !self.faults.drop && !self.gone.contains(&r.peer)) {
+            assert!(r.result.is_some(), "query {} of {:?} never ended", r.query, r.peer);
+        }
         for i in 0..self.senders.len() {
             self.kill(i, 0);
         }
@@ -283,6 +311,7 @@ impl World {
     fn event(&mut self, ev: Ev) {
         match ev {
             Ev::Wake => {}
+            Ev::ReadEnds(i) => self.read_ends(i),
             Ev::Action(action) => self.action(action),
             Ev::ToReceiver { from, message } => {
                 if !self.gone.contains(&from) {
@@ -388,6 +417,17 @@ impl World {
                     self.at(until, Ev::Unpin(incarnation, hold, k));
                 }
             }
+            Action::ReadBack { sender, first, count, lease_ms, read_ms } => {
+                let tx = &mut self.senders[sender];
+                let (peer, stopped) = (tx.peer.clone(), tx.stopped);
+                let Some(asker) = tx.asker.as_mut().filter(|_| !stopped) else { return };
+                let keys = (first..first + count).map(key).collect();
+                let answer = asker.ask(keys, Duration::from_millis(lease_ms));
+                let (query, message) = answer.expect("the channel is open");
+                self.post(&peer, 0, |message| Ev::ToReceiver { from: peer.clone(), message }, &message);
+                let seen = Vec::new();
+                self.read_backs.push(ReadBack { peer, query, first, read_ms, seen, result: None });
+            }
             Action::RestartReceiver => {
                 for i in 0..self.senders.len() {
                     self.disconnect(i);
@@ -455,12 +495,18 @@ impl World {
         let attach = Message::Attach { channel: 1, pool: "kv".into(), geometry };
         assert!(self.receiver.message(self.now, &peer, &attach));
         self.senders[i].machine = Some(Sender::new(1, self.settings.layout));
+        self.senders[i].asker = Some(Asker::new(1, self.settings.layout));
     }
 
     fn disconnect(&mut self, i: usize) {
         let peer = self.senders[i].peer.clone();
         let Some(mut m) = self.senders[i].machine.take() else { return };
         self.gone.insert(peer.clone());
+        let text = String::new();
+        if let Some(mut asker) = self.senders[i].asker.take() {
+            asker.close(&Failure { code: ErrorCode::PeerGone, text });
+            self.drain_asker(&peer, &mut asker);
+        }
         m.close(&Failure { code: ErrorCode::PeerGone, text: "connection lost".into() });
         self.drain_sender(&peer, &mut m);
         self.receiver.peer_gone(self.now, &peer, ErrorCode::PeerGone);
@@ -473,6 +519,7 @@ impl World {
         if self.senders[i].machine.take().is_none() {
             return;
         }
+        self.senders[i].asker = None;
         self.gone.insert(peer.clone());
         self.receiver.peer_gone(self.now, &peer, ErrorCode::PeerGone);
         let fenced = self.now + Duration::from_millis(silent_ms);
@@ -484,8 +531,8 @@ impl World {
         let Some(tx) = self.senders.iter_mut().find(|t| t.peer == *to) else { return };
         if tx.stopped {
             tx.held.push(message);
-        } else if let Some(m) = &mut tx.machine {
-            let taken = m.message(now, &message);
+        } else if let (Some(m), Some(a)) = (&mut tx.machine, &mut tx.asker) {
+            let taken = m.message(now, &message) || a.message(&message);
             assert!(taken || matches!(message, Message::Attached { .. }), "not taken: {message:?}");
         }
     }
@@ -544,6 +591,11 @@ impl World {
                 self.drain_sender(&peer, &mut m);
                 self.senders[i].machine = Some(m);
             }
+            if let Some(mut asker) = self.senders[i].asker.take() {
+                let peer = self.senders[i].peer.clone();
+                self.drain_asker(&peer, &mut asker);
+                self.senders[i].asker = Some(asker);
+            }
         }
         while let Some(output) = self.receiver.poll() {
             match output {
@@ -595,6 +647,60 @@ impl World {
                 }
                 sender::Output::Admitted { .. } | sender::Output::ChunkDone { .. } => {}
             }
+        }
+    }
+
+    /// What was found is looked at twice, when the read begins and when it ends: a one-sided read sees something in between.
+    fn drain_asker(&mut self, peer: &PeerId, asker: &mut Asker) {
+        for i in 0..self.read_backs.len() {
+            let r = &mut self.read_backs[i];
+            if r.peer != *peer || r.result.is_some() {
+                continue;
+            }
+            match asker.found(r.query) {
+                Some(Ok(found)) if found.lease.is_zero() => r.result = Some(Ok(0)),
+                Some(Ok(found)) => {
+                    r.seen = found
+                        .chunks
+                        .into_iter()
+                        .map(|c| (c.clone(), self.pages[c.page.0 as usize].clone()))
+                        .collect();
+                    let ends = self.now + Duration::from_millis(r.read_ms);
+                    self.at(ends, Ev::ReadEnds(i));
+                }
+                Some(Err(failure)) => r.result = Some(Err(failure.code)),
+                None => {}
+            }
+            let r = &mut self.read_backs[i];
+            match asker.released(r.query) {
+                Some(Ok(())) => {
+                    for (c, content) in &r.seen {
+                        let wanted = Content::Chunk(key(r.first + c.index));
+                        assert_eq!(*content, wanted, "a read was confirmed whose page was reused: {c:?}");
+                    }
+                    r.result = Some(Ok(r.seen.len()));
+                }
+                Some(Err(failure)) => r.result = Some(Err(failure.code)),
+                None => {}
+            }
+        }
+    }
+
+    fn read_ends(&mut self, i: usize) {
+        let r = &mut self.read_backs[i];
+        if self.senders.iter().any(|t| t.peer == r.peer && t.stopped) {
+            self.at(self.now + Duration::from_millis(50), Ev::ReadEnds(i));
+            return;
+        }
+        for (c, content) in &mut r.seen {
+            if self.pages[c.page.0 as usize] != *content {
+                *content = Content::Garbage;
+            }
+        }
+        let (peer, query) = (r.peer.clone(), r.query);
+        let Some(tx) = self.senders.iter_mut().find(|t| t.peer == peer) else { return };
+        if let Some(message) = tx.asker.as_mut().and_then(|a| a.release(query)) {
+            self.post(&peer, 0, |message| Ev::ToReceiver { from: peer.clone(), message }, &message);
         }
     }
 

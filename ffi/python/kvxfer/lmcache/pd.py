@@ -32,6 +32,7 @@ from kvxfer.errors import KvxferError, NoCapacity
 from kvxfer.lmcache import settings
 from kvxfer.lmcache.buffer import ReceivedChunks, Staging, tensor_over, valid_bytes
 from kvxfer.lmcache.metrics import PdMetrics
+from kvxfer.lmcache.reading import CacheQueryResponse, Reading
 from kvxfer.outbox import Ended, Outbox, Released
 
 logger = init_logger(__name__)
@@ -171,6 +172,33 @@ class PdBackend(AllocatorBackendInterface):
     def cancel_request(self, req_id: str) -> None:
         self._side.vllm_finished({req_id})
 
+    # ---- the prefiller asks and reads back: `pd_bidirectional` ----
+
+    @property
+    def cache_query_sockets(self) -> dict[str, str]:
+        """The decoders that LMCache has named, each with its address. LMCache asks only a backend that has this."""
+        return self._side.decoders
+
+    def _ensure_peer_connection(
+        self, receiver_id: str, receiver_host: str, receiver_init_port: int, receiver_alloc_port: int
+    ) -> None:
+        """LMCache names a decoder before it asks it. It is connected by the first question."""
+        self._side.name_decoder(receiver_id, receiver_host, receiver_init_port)
+
+    def _ensure_cache_query_connection(self, receiver_id: str, receiver_host: str, receiver_query_port: int) -> None:
+        """Questions go over the same connection as chunks: there is no other port to connect to."""
+
+    def query_remote_cache(self, receiver_id: str, keys: Sequence[Any]) -> CacheQueryResponse:
+        """Which of these chunks the decoder has: keys and pages. Empty when it does not answer in time."""
+        return self._side.ask(receiver_id, keys)
+
+    def batched_submit_read_task(
+        self, keys: Sequence[Any], local_memory_objs: list[MemoryObj], transfer_spec: Any = None
+    ) -> int:
+        """Reads the chunks that the decoder has into memory objects of this backend, each byte checked or none counted. Returns how
+        many; blocks."""
+        return self._side.read_back(keys, local_memory_objs, transfer_spec)
+
     # ---- the decoder ----
 
     def contains(self, key: Any, pin: bool = False) -> bool:
@@ -275,6 +303,7 @@ class _Prefiller:
             patience=c.pd.patience,
             integrity=c.pd.integrity,
         )
+        self._reading = Reading(agent, c, self._region)
         self._lock = threading.Lock()
         self._local = threading.local()
         # Memory objects of the batches that are not released, and what else waits for that.
@@ -459,6 +488,19 @@ class _Prefiller:
             if left and self._outbox.abort(name):
                 logger.info("kvxfer: request %s was aborted between two steps of its prefill", name)
 
+    @property
+    def decoders(self) -> dict[str, str]:
+        return self._reading.decoders
+
+    def name_decoder(self, decoder: str, host: str, port: int) -> None:
+        self._reading.name(decoder, host, port)
+
+    def ask(self, decoder: str, keys: Sequence[Any]) -> CacheQueryResponse:
+        return self._reading.ask(decoder, keys)
+
+    def read_back(self, keys: Sequence[Any], memory_objs: list[MemoryObj], spec: Any) -> int:
+        return self._reading.read(keys, memory_objs, spec)
+
     # A prefiller keeps nothing that could be found.
 
     def find(self, key: str) -> bool:
@@ -478,6 +520,7 @@ class _Prefiller:
 
     def close(self, timeout: float) -> None:
         self._closed = True
+        self._reading.close()
         self.allocator.page_freed()
         self._outbox.close(timeout)
         self.work(0)
@@ -571,6 +614,21 @@ class _Decoder:
     def put(self, keys: Any, memory_objs: Any, spec: Any, on_complete: Any) -> None:
         if spec is not None:
             raise NoCapacity("a PD receiver sends nothing: pd_role is 'receiver'", 0)
+
+    # A decoder is asked, and asks nobody.
+
+    @property
+    def decoders(self) -> dict[str, str]:
+        return {}
+
+    def name_decoder(self, decoder: str, host: str, port: int) -> None:
+        pass
+
+    def ask(self, decoder: str, keys: Sequence[Any]) -> CacheQueryResponse:
+        return CacheQueryResponse()
+
+    def read_back(self, keys: Sequence[Any], memory_objs: list[MemoryObj], spec: Any) -> int:
+        return 0
 
     def storing(self, request: str | None, transfer_spec: Any) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()

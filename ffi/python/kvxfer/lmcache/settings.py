@@ -30,6 +30,8 @@ class PdSettings:
     """Requests that wait for pages at most."""
     integrity: str | None = None
     """`off`, `bound` or `full`; by transport when not stated."""
+    query_timeout: float = 2.0
+    """How long a decoder's answer to what it has is waited for, connecting included: the engine waits meanwhile."""
     wait_for_arrival: bool = False
     """A store returns when the cache has arrived, for proxies that take the prefiller's answer as that."""
 

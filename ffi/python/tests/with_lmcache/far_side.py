@@ -205,8 +205,9 @@ def key(n):
     return CacheEngineKey(model_name="m", world_size=1, worker_id=0, chunk_hash=n, dtype=torch.bfloat16)
 
 
-def _serve_backend(pipe, mode, init, alloc):
-    ours = backend(mode, "receiver", pd_peer_host="127.0.0.1", pd_peer_init_port=[init], pd_peer_alloc_port=[alloc])
+def _serve_backend(pipe, mode, init, alloc, query=None):
+    ports = dict(pd_peer_init_port=[init], pd_peer_alloc_port=[alloc], pd_peer_query_port=query and [query])
+    ours = backend(mode, "receiver", pd_peer_host="127.0.0.1", **ports)
     pipe.send("up")
     while True:
         command, *arguments = pipe.recv()
