@@ -77,6 +77,9 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "LMCacheConnectorV1Impl.get_finished": ("self", "finished_req_ids"),
         "LMCacheConnectorV1Impl.request_finished": ("self", "request", "block_ids"),
     },
+    "lmcache.v1.distributed.transfer_channel.factory": {
+        "register_transfer_channel_factory": ("transfer_channel_type", "factory"),
+    },
     "lmcache.v1.memory_management": {
         "_allocate_cpu_memory": ("size", "numa_mapping", "shm_name", "use_hugepages"),
         "_free_cpu_memory": ("buffer", "size", "numa_mapping", "shm_name", "use_hugepages"),

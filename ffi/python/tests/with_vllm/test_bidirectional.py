@@ -5,15 +5,14 @@ import time
 
 import httpx
 import pytest
-import torch
-from test_pd import CHUNK, PAGE, PAGES, SOON, ask, prompt
+from asking import SOON, ask, dtype, prompt
+from test_pd import CHUNK, PAGE, PAGES
 
 from stack import MODEL_NAME, Stack, free_ports
 
 
 @pytest.fixture(scope="module")
 def stack():
-    dtype = "float16" if torch.cpu._is_amx_tile_supported() else "bfloat16"
     lmcache = {
         "chunk_size": CHUNK,
         "pd_buffer_size": PAGES * PAGE,
@@ -21,7 +20,7 @@ def stack():
         # LMCache's adapter wants one to ask at all; nobody listens on it.
         "pd_peer_query_port": free_ports(1),
     }
-    with Stack("kvxfer", dtype=dtype, lmcache=lmcache) as running:
+    with Stack("kvxfer", dtype=dtype(), lmcache=lmcache) as running:
         yield running
 
 
@@ -37,8 +36,8 @@ def prefill(stack, name, tokens):
     spec = {
         "req_id": name,
         "receiver_host": "127.0.0.1",
-        "receiver_init_port": [ports["pd_peer_init_port"]],
-        "receiver_alloc_port": [ports["pd_peer_alloc_port"]],
+        "receiver_init_port": ports["pd_peer_init_port"],
+        "receiver_alloc_port": ports["pd_peer_alloc_port"],
         "receiver_query_port": stack.lmcache["pd_peer_query_port"],
     }
     body = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 1, "kv_transfer_params": {"disagg_spec": spec}}
