@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from kvxfer._call import TRANSPORTS, c_texts, handle, milliseconds
 from kvxfer._native import ffi, lib
@@ -43,7 +44,7 @@ class Found:
     """The answer to `Sender.query`: chunks whose pages the receiver holds, until they are read or this is released. A context
     manager."""
 
-    def __init__(self, agent: Agent, found):
+    def __init__(self, agent: Agent, found: Any):
         self._agent, self._handle = agent, found
         count, lease = ffi.new("size_t *"), ffi.new("uint64_t *")
         check(lib.kvxfer_found_count(found, count, lease))
@@ -68,14 +69,14 @@ class Found:
         raises, the targets may hold anything, and nothing changes them any more."""
         if self._handle is None:
             raise error(lib.KVXFER_CLOSED, "what was found has been given back already")
-        targets = [(index, region, list(runs)) for index, region, runs in targets]
-        packed, kept = ffi.new("kvxfer_found_target_t[]", len(targets)), []
-        for target, (index, region, runs) in zip(packed, targets, strict=True):
-            kept.append(ffi.new("kvxfer_run_t[]", runs))
-            target.index, target.region, target.runs, target.run_count = index, region._handle, kept[-1], len(runs)
+        wanted = [(index, region, list(runs)) for index, region, runs in targets]
+        packed, kept = ffi.new("kvxfer_found_target_t[]", len(wanted)), []
+        for target, (index, region, places) in zip(packed, wanted, strict=True):
+            kept.append(ffi.new("kvxfer_run_t[]", places))
+            target.index, target.region, target.runs, target.run_count = index, region._handle, kept[-1], len(places)
         report = ffi.new("kvxfer_read_report_t *")
         report.struct_size = ffi.sizeof("kvxfer_read_report_t")
-        check(lib.kvxfer_found_read(self._handle, packed, len(targets), milliseconds("timeout", timeout), report))
+        check(lib.kvxfer_found_read(self._handle, packed, len(wanted), milliseconds("timeout", timeout), report))
         transport = _TRANSPORT_NAMES.get(report.transport, "none")
         return ReadReport(report.chunks, report.bytes, report.took_ns / 1e9, transport)
 
@@ -89,11 +90,11 @@ class Found:
     def __enter__(self) -> Found:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
-def query(agent: Agent, sender, keys: Iterable[str], lease: float, timeout: float) -> Found:
+def query(agent: Agent, sender: Any, keys: Iterable[str], lease: float, timeout: float) -> Found:
     """`Sender.query`, over its handle."""
     (names, kept), count = c_texts(keys)
     arguments = (sender, names, count, milliseconds("lease", lease), milliseconds("timeout", timeout))
