@@ -49,6 +49,10 @@ def CreateTransferChannel(
     assert channel_type in ["nixl", "mock_memory"], channel_type
     return channel_type
 """,
+    "lmcache/v1/distributed/transfer_channel/factory.py": """
+def register_transfer_channel_factory(transfer_channel_type, factory):
+    pass
+""",
     "lmcache/v1/cache_engine.py": """
 class LMCacheEngine:
     def store(self, tokens=None, hashes=None, offsets=None, mask=None, **kwargs):
