@@ -126,13 +126,21 @@ def test_it_is_the_default_and_lmcaches_own_are_a_word_away(ports):
         assert not takes_pd(config, far_side.metadata()), change
 
 
+def staging_is_free(backend):
+    """The last release may follow the request's end by a moment."""
+    deadline = time.monotonic() + SOON
+    while len(backend.memory_allocator.cpu_allocator.free_blocks) != PAGES:
+        assert time.monotonic() < deadline, "staging pages come back"
+        time.sleep(0.01)
+
+
 def test_a_request_arrives_whole_and_goes_with_its_taker(decoder, prefiller, ports):
     backend = prefiller()
     assert put(backend, [1, 2, 3], spec(ports[0], "a"), last_tokens=5).result(SOON) == 3
     assert decoder.ask("contains", [1, 2, 3, 4]) == 3
     assert [decoder.ask("take", 1, CHUNK), decoder.ask("take", 2, CHUNK), decoder.ask("take", 3, 5)] == [True] * 3
     assert decoder.ask("stats").free_pages == PAGES
-    assert len(backend.memory_allocator.cpu_allocator.free_blocks) == PAGES, "staging pages come back"
+    staging_is_free(backend)
 
 
 def test_a_prefill_in_steps_reserves_all_its_pages_at_once(decoder, prefiller, ports):
@@ -197,7 +205,7 @@ def test_a_request_aborted_between_two_steps_leaves_nothing(decoder, prefiller, 
     with pytest.raises(Exception, match="given up"):
         future.result(SOON)
     decoder.until(lambda s: s.free_pages == PAGES, "the abort")
-    assert len(backend.memory_allocator.cpu_allocator.free_blocks) == PAGES
+    staging_is_free(backend)
 
 
 def test_requests_without_a_destination_cost_nothing(prefiller):
@@ -205,7 +213,7 @@ def test_requests_without_a_destination_cost_nothing(prefiller):
     objects = chunks(backend, [1])
     assert backend.batched_submit_put_task([key(1)], objects, transfer_spec=None) is None
     objects[0].ref_count_down()
-    assert len(backend.memory_allocator.cpu_allocator.free_blocks) == PAGES
+    staging_is_free(backend)
     assert backend.spec_for("r", None) is None
 
 
@@ -230,7 +238,7 @@ def test_a_killed_decoder_fails_the_request_and_its_successor_gets_the_next(deco
         assert again.ask("take", 3, CHUNK)
     finally:
         again.kill()
-    assert len(backend.memory_allocator.cpu_allocator.free_blocks) == PAGES
+    staging_is_free(backend)
 
 
 def test_a_stopped_decoder_holds_nobody_up_longer_than_the_deadline(decoder, prefiller, ports):
