@@ -2,7 +2,7 @@
 
     python stack.py [--mode kvxfer|sync|async] [--channel kvxfer|nixl]      # runs until Ctrl-C, prints where to send requests
 
-Mode `kvxfer` is kvxfer's PD backend, which a configuration gets that says nothing of `pd_backend_mode`; `sync` and `async` are
+Mode `vllm` is vLLM alone with kvxfer's own connector and without a proxy. Mode `kvxfer` is kvxfer's PD backend, which a configuration gets that says nothing of `pd_backend_mode`; `sync` and `async` are
 LMCache's own, over whichever channel.
 
 As a context manager, `Stack` leaves nothing behind: every server and all it started end with the block, and also when this
@@ -103,7 +103,7 @@ class Stack:
 
     `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role, `files`
     configuration files by role that are used as they are: `ports` then says what they name (`init`, `alloc`, `notify`).
-    With several `ranks` each server runs tensor-parallel. `model`, an attribute, is the model's folder.
+    `connector` holds extra settings of the connector. With several `ranks` each server runs tensor-parallel. `model`, an attribute, is the model's folder.
     """
 
     def __init__(
@@ -118,10 +118,12 @@ class Stack:
         files=None,
         ports=None,
         ranks=1,
+        connector=None,
     ):
         self.mode, self.channel, self.dtype = mode, channel, dtype
         self.lmcache, self.vllm, self.environment = lmcache or {}, list(vllm), environment or {}
         self.proxy_flags, self.files, self.ports, self.ranks = list(proxy), files or {}, ports or {}, ranks
+        self.connector = connector or {}
         self.home = home()
         self.model = self.home / "model"
         self.logs = self.home / "logs"
@@ -163,15 +165,19 @@ class Stack:
         }
         for role in self._roles:
             self.servers.append(self._serve(role))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        if self.mode != "vllm":
+            self.servers.append(self._serve_proxy(prefiller, decoder, proxy, init, alloc, notify))
+        for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=False):
+            server.wait_healthy(url, deadline)
+
+    def _serve_proxy(self, prefiller, decoder, proxy, init, alloc, notify):
         command = [kvxfer_command(), "proxy", "--host", "127.0.0.1", "--port", proxy]
         command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", prefiller]
         command += ["--decoder-host", "127.0.0.1", "--decoder-port", decoder]
         command += ["--decoder-init-port", *init, "--decoder-alloc-port", *alloc]
         command += ["--proxy-host", "127.0.0.1", "--proxy-port", notify, *self.proxy_flags]
-        self.servers.append(Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy")))
-        deadline = time.monotonic() + START_TIMEOUT_S
-        for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=True):
-            server.wait_healthy(url, deadline)
+        return Server("proxy", [str(a) for a in command], os.environ | {}, self.log("proxy"))
 
     def kill(self, role):
         """SIGKILL for a server and all it started."""
@@ -191,15 +197,7 @@ class Stack:
         port, core, _ = self._roles[role]
         config_file = self.files.get(role) or self._write_config(role)
 
-        extra = {"discard_partial_chunks": False, "lmcache_rpc_port": f"kvxfer-{role}-{os.getpid()}"}
-        if role == "decoder":
-            extra["skip_last_n_tokens"] = 1
-        connector = {
-            "kv_connector": "LMCacheConnectorCPU",
-            "kv_connector_module_path": "lmcache_cpu",
-            "kv_role": "kv_producer" if role == "prefiller" else "kv_consumer",
-            "kv_connector_extra_config": extra,
-        }
+        connector = self._connector(role)
         command = [
             pathlib.Path(sys.executable).parent / "vllm",
             "serve",
@@ -245,6 +243,26 @@ class Stack:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join([str(core)] * self.ranks)
         environment |= self.environment.get(role, {})
         return Server(role, [str(a) for a in command], environment, self.log(role), mode)
+
+    def _connector(self, role):
+        kv_role = "kv_producer" if role == "prefiller" else "kv_consumer"
+        if self.mode == "vllm":
+            return {
+                "kv_connector": "KvxferConnector",
+                "kv_connector_module_path": "kvxfer.vllm",
+                "kv_role": kv_role,
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": self.connector,
+            }
+        extra = {"discard_partial_chunks": False, "lmcache_rpc_port": f"kvxfer-{role}-{os.getpid()}"}
+        if role == "decoder":
+            extra["skip_last_n_tokens"] = 1
+        return {
+            "kv_connector": "LMCacheConnectorCPU",
+            "kv_connector_module_path": "lmcache_cpu",
+            "kv_role": kv_role,
+            "kv_connector_extra_config": extra | self.connector,
+        }
 
     def _write_config(self, role):
         config = yaml.safe_load((HERE / f"{role}.yaml").read_text())

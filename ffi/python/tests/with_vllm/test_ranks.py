@@ -1,6 +1,7 @@
 """Two tensor-parallel ranks on each side: each rank's cache goes to the same rank of the decoder."""
 
 from asking import ask, dtype, gauge, prompt
+from test_connector import decode, expected, prefill, reads
 from stack import Stack
 
 CHUNK = 64
@@ -15,3 +16,13 @@ def test_two_ranks_hand_over_their_halves():
         assert loaded >= 2 * (chunks - len(prompts)), "both ranks have loaded"
         log = stack.log("prefiller").read_text()
         assert "rank 0 of 2" in log and "rank 1 of 2" in log
+
+
+def test_two_ranks_are_read_by_their_like():
+    """vLLM alone, with kvxfer's own connector."""
+    with Stack("vllm", dtype=dtype(), ranks=2) as stack:
+        for n in (64, 1000):
+            tokens = prompt(n, f"pull ranks {n}")
+            before = len(reads(stack))
+            assert decode(stack, tokens, prefill(stack, tokens)) == expected(stack, tokens)
+            assert len(reads(stack)) == before + 2, "each rank has read its half"
