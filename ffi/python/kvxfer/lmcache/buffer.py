@@ -21,7 +21,6 @@ from lmcache.v1.memory_management import (
 
 from kvxfer.channel import Chunk
 
-
 # A page that is being sent comes back within this, unless its request waits for the decoder.
 _MOMENT_S = 0.05
 

@@ -49,10 +49,11 @@ class Handover:
 def handover_of(params: Mapping[str, Any]) -> Handover:
     """Reads a prefiller's parameters; `ValueError` names what is wrong with them."""
     ours = params.get("kvxfer")
-    addresses = ours.get("addresses") if isinstance(ours, Mapping) else None
+    addresses: Any = ours.get("addresses") if isinstance(ours, Mapping) else None
     if not _is_list(addresses, str, MAX_RANKS) or not all(a.startswith("tcp://") for a in addresses or ()):
         raise ValueError(f"kvxfer.addresses: {_short(addresses)} are no addresses of kvxfer's workers; does the prefiller run KvxferConnector?")
-    blocks, tokens = params.get("remote_block_ids"), params.get("remote_num_tokens")
+    blocks: Any = params.get("remote_block_ids")
+    tokens = params.get("remote_num_tokens")
     # vLLM's own connectors have a list per group of layers; here there is one group.
     if isinstance(blocks, (list, tuple)) and len(blocks) == 1 and isinstance(blocks[0], (list, tuple)):
         blocks = blocks[0]

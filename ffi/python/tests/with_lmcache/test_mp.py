@@ -4,12 +4,12 @@ import os
 import signal
 import time
 
-import far_side
 import pytest
 import torch
-from far_side import L1_BYTES, free_ports
 from test_pd import Decoder
 
+import far_side
+from far_side import L1_BYTES, free_ports
 from kvxfer.errors import KvxferError
 
 SOON = 30

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+
 from far_side import free_ports
 
 PATIENCE = 120

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 
-import far_side
 import pytest
 import torch
-from far_side import P2P_CHUNK, content, free_ports, key
 from test_pd import Decoder
 
+import far_side
+from far_side import P2P_CHUNK, content, free_ports, key
 from kvxfer.errors import Unreachable
 
 SOON = 30
@@ -47,7 +47,7 @@ def controller(tmp_path_factory):
 def pair(controller):
     """The asking instance, in this process, and the other one."""
     other = Instance(("other", *free_ports(3), *controller))
-    loop, local, backend = far_side.p2p_backend("asking", *free_ports(3), *controller)
+    loop, _, backend = far_side.p2p_backend("asking", *free_ports(3), *controller)
     yield other, loop, backend
     backend.running.clear()
     other.kill()

@@ -6,10 +6,13 @@ import signal
 import time
 import types
 
-import far_side
 import pytest
 import torch
+
+import far_side
 from far_side import CHUNK, PAGES, content, fill, free_ports, key
+
+from kvxfer.errors import KvxferError
 
 SOON = 30
 
@@ -112,8 +115,9 @@ def put(backend, seeds, to, last_tokens=CHUNK):
 
 
 def test_it_is_the_default_and_lmcaches_own_are_a_word_away(ports):
-    from kvxfer.lmcache.hook import takes_pd
     from lmcache.v1.config import LMCacheEngineConfig
+
+    from kvxfer.lmcache.hook import takes_pd
 
     common = {"enable_pd": True, "pd_role": "sender", "pd_buffer_size": 1, "pd_buffer_device": "cpu"}
     config = LMCacheEngineConfig.from_defaults(transfer_channel="kvxfer", **common)
@@ -249,7 +253,7 @@ def test_a_stopped_decoder_holds_nobody_up_longer_than_the_deadline(decoder, pre
         future = put(backend, list(range(2, 2 + PAGES)), spec(ports[0], "b"))
         # All staging pages are on their way; the next request waits for one, not for ever.
         assert chunks(backend, [50])[0].ref_count_down() is None
-        with pytest.raises(Exception):
+        with pytest.raises(KvxferError):
             future.result(SOON)
     finally:
         os.kill(decoder.process.pid, signal.SIGCONT)

@@ -6,9 +6,8 @@ import time
 import httpx
 import pytest
 from asking import SOON, ask, dtype, prompt
-from test_pd import CHUNK, PAGE, PAGES
-
 from stack import MODEL_NAME, Stack, free_ports
+from test_pd import CHUNK, PAGE, PAGES
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ PORTS = {
 # Per guide, what each server says of its file, once: keys with their names of today.
 SAID = {
     "1p1d": {"prefiller": ["nixl_buffer_device is called pd_buffer_device today"], "decoder": []},
-    "xpyd": dict.fromkeys(
-        ("prefiller", "decoder"),
-        [
+    "xpyd": {
+        role: [
             "enable_nixl is called enable_pd today",
             "nixl_role is called pd_role today",
             "nixl_peer_port is called pd_peer_init_port today",
             "nixl_buffer_size is called pd_buffer_size today",
             "nixl_enable_gc has no counterpart",
-        ],
-    ),
+        ]
+        for role in ("prefiller", "decoder")
+    },
 }
 
 

@@ -1,8 +1,8 @@
 """Two tensor-parallel ranks on each side: each rank's cache goes to the same rank of the decoder."""
 
 from asking import ask, dtype, gauge, prompt
-from test_connector import decode, expected, prefill, reads
 from stack import Stack
+from test_connector import decode, expected, prefill, reads
 
 CHUNK = 64
 
