@@ -16,7 +16,7 @@ const STRING_COPY: usize = 16 << 10;
 ///
 /// # Safety
 /// `from` is readable and `to` writable for `len` bytes. They may overlap, with unspecified bytes as the result.
-pub(super) unsafe fn copy(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
     // SAFETY: the caller's promise.
     unsafe { copy_lines::<true>(to, from, len, next) };
 }
@@ -70,7 +70,7 @@ fn kernel<const STREAM: bool>() -> Option<Kernel> {
 }
 
 /// Makes streaming stores visible before anything that follows.
-pub(super) fn fence() {
+pub(crate) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: part of every x86-64 processor, no memory is named.
     unsafe {
