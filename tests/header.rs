@@ -6,9 +6,10 @@ use std::path::Path;
 use support::header::{Header, ROOT};
 
 /// The files in the order in which a C reader wants to meet their contents.
-const SOURCES: [&str; 20] = [
+const SOURCES: [&str; 21] = [
     "version", "result", "error", "args", "config", "agent", "region", "peer", "transfer", "notify",
-    "events", "metrics", "receiver", "sender", "delivery", "outbox", "memory", "lmcache", "log", "handle",
+    "events", "metrics", "receiver", "sender", "delivery", "outbox", "memory", "paged", "lmcache", "log",
+    "handle",
 ];
 
 fn generate() -> String {
