@@ -101,13 +101,14 @@ def kvxfer_command():
 class Stack:
     """A prefiller, a decoder and a proxy. `proxy`, `prefiller` and `decoder` are base URLs once started.
 
-    `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role.
+    `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role. With `control`
+    the received cache can be spoilt (`negative_control.py`): it is zeroed while `corrupt_marker` exists.
     """
 
     def __init__(
-        self, mode="kvxfer", channel="kvxfer", dtype="bfloat16", lmcache=None, vllm=(), environment=None, proxy=()
+        self, mode="kvxfer", channel="kvxfer", control=False, lmcache=None, vllm=(), environment=None, proxy=()
     ):
-        self.mode, self.channel, self.dtype = mode, channel, dtype
+        self.mode, self.channel, self.control = mode, channel, control
         self.lmcache, self.vllm, self.environment = lmcache or {}, list(vllm), environment or {}
         self.proxy_flags = list(proxy)
         self.home = home()
@@ -187,11 +188,12 @@ class Stack:
         if role == "decoder":
             extra["skip_last_n_tokens"] = 1
         connector = {
-            "kv_connector": "LMCacheConnectorCPU",
-            "kv_connector_module_path": "lmcache_cpu",
+            "kv_connector": "LMCacheConnectorV1",
             "kv_role": "kv_producer" if role == "prefiller" else "kv_consumer",
             "kv_connector_extra_config": extra,
         }
+        if self.control:
+            connector |= {"kv_connector": "SpoiltConnector", "kv_connector_module_path": "negative_control"}
         command = [
             pathlib.Path(sys.executable).parent / "vllm",
             "serve",
@@ -199,7 +201,7 @@ class Stack:
             "--served-model-name",
             MODEL_NAME,
         ]
-        command += ["--host", "127.0.0.1", "--port", port, "--dtype", self.dtype, "--max-model-len", MAX_TOKENS]
+        command += ["--host", "127.0.0.1", "--port", port, "--max-model-len", MAX_TOKENS]
         command += [
             "--max-num-batched-tokens",
             MAX_TOKENS,

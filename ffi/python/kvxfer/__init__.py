@@ -55,6 +55,7 @@ from kvxfer.errors import (
 )
 from kvxfer.memory import SharedMemory
 from kvxfer.outbox import Ended, Outbox, Released
+from kvxfer.paged import PagedCache, PagedChunk
 from kvxfer.region import Region
 from kvxfer.transfer import Transfer, TransferReport
 
@@ -87,6 +88,8 @@ __all__ = [
     "Notification",
     "OutOfRange",
     "Outbox",
+    "PagedCache",
+    "PagedChunk",
     "Peer",
     "PeerGone",
     "PoolStats",

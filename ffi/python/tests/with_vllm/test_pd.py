@@ -14,7 +14,6 @@ import time
 
 import httpx
 import pytest
-import torch
 from stack import MODEL_NAME, Stack
 
 CHUNK, STEP, GENERATED = 64, 256, 12
@@ -84,15 +83,13 @@ def pages_are_free(stack, pages):
 
 @pytest.fixture(scope="module")
 def stack():
-    # Where vLLM would use AMX kernels for bfloat16 the CPU connector asks for another type.
-    dtype = "float16" if torch.cpu._is_amx_tile_supported() else "bfloat16"
     lmcache = {
         "chunk_size": CHUNK,
         "pd_buffer_size": PAGES * PAGE,
         "extra_config": {"kvxfer": {"pd": {"retention": RETENTION_S, "request_timeout": 20, "patience": 3}}},
     }
     flags = ["--max-num-batched-tokens", STEP, "--max-num-seqs", 8]
-    with Stack("kvxfer", dtype=dtype, lmcache=lmcache, vllm=flags) as running:
+    with Stack("kvxfer", lmcache=lmcache, vllm=flags) as running:
         yield running
 
 
