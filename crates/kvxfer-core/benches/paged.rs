@@ -38,7 +38,7 @@ impl Setting {
     }
 
     fn with(&mut self, f: impl FnOnce(&PagedCache, &[PagedChunk<'_>])) {
-        let layers: Vec<_> = self.layers.iter_mut().map(|l| l.as_mut_ptr()).collect();
+        let layers: Vec<_> = self.layers.iter_mut().map(Vec::as_mut_ptr).collect();
         // SAFETY: each vector has a layer's bytes.
         let cache = unsafe { PagedCache::new(self.layout, &layers) }.expect("a cache");
         let bytes = self.data.len() / CHUNKS;
@@ -102,28 +102,30 @@ fn paged(c: &mut Criterion) {
         group.throughput(Throughput::Bytes(setting.data.len() as u64));
         for threads in [1, 2] {
             group.bench_function(format!("gather, {name}, {threads} threads"), |b| {
-                // SAFETY: the vectors are this function's alone.
                 setting.with(|cache, chunks| {
-                    b.iter(|| unsafe { cache.gather(chunks, threads) }.expect("gathers"))
+                    // SAFETY: the vectors are this function's alone.
+                    b.iter(|| unsafe { cache.gather(chunks, threads) }.expect("gathers"));
                 });
             });
             group.bench_function(format!("scatter, {name}, {threads} threads"), |b| {
-                // SAFETY: as above.
                 setting.with(|cache, chunks| {
-                    b.iter(|| unsafe { cache.scatter(chunks, threads) }.expect("scatters"))
+                    // SAFETY: as above.
+                    b.iter(|| unsafe { cache.scatter(chunks, threads) }.expect("scatters"));
                 });
             });
         }
         group.bench_function(format!("gather, {name}, element by element"), |b| {
-            b.iter(|| setting.naive(true))
+            b.iter(|| setting.naive(true));
         });
         group.bench_function(format!("scatter, {name}, element by element"), |b| {
-            b.iter(|| setting.naive(false))
+            b.iter(|| setting.naive(false));
         });
     }
     let from = vec![1_u8; Setting::new(PagedVariant::Vec).data.len()];
     let mut to = vec![0_u8; from.len()];
-    group.bench_function("a plain copy", |b| b.iter(|| to.copy_from_slice(&from)));
+    group.bench_function("a plain copy", |b| {
+        b.iter(|| to.copy_from_slice(&from));
+    });
     group.finish();
 }
 

@@ -94,7 +94,7 @@ impl Side {
                 let place = self.place + done;
                 let line = pairs.wrapping_add(place / 2 * pair);
                 let row = rows.wrapping_add(done * self.stride);
-                if place % 2 == 0 && done + 2 <= self.count {
+                if place.is_multiple_of(2) && done + 2 <= self.count {
                     // SAFETY: a line of 32 elements, and sixteen elements of two rows.
                     unsafe { interleave::<GATHER>(line, row, row.wrapping_add(self.stride)) };
                     done += 2;

@@ -73,7 +73,7 @@ impl Setting {
     }
 
     fn run(&mut self, gather: bool) -> Result<()> {
-        let layers: Vec<*mut u8> = self.layers.iter_mut().map(|l| l.as_mut_ptr()).collect();
+        let layers: Vec<*mut u8> = self.layers.iter_mut().map(Vec::as_mut_ptr).collect();
         // SAFETY: each vector has as many bytes as a layer, and lives longer than the cache.
         let cache = unsafe { PagedCache::new(self.layout, &layers) }?;
         let chunks: Vec<_> = self
@@ -226,11 +226,11 @@ fn memory_that_would_be_written_twice_or_read_while_written_is_refused() {
     let layout = vec(2, 1, 16, 32, 2);
     let mut layers = vec![vec![0_u8; layout.layer_bytes() + 64]; 2];
     let mut data = vec![0_u8; 1024];
-    let bases: Vec<_> = layers.iter_mut().map(|l| l.as_mut_ptr()).collect();
+    let bases: Vec<_> = layers.iter_mut().map(Vec::as_mut_ptr).collect();
     let chunk = |data: *mut u8| PagedChunk { slots: &[0, 1], skip: 0, data, len: 512 };
     let data = data.as_mut_ptr();
     let text = |r: Result<()>| r.unwrap_err().to_string();
-    // SAFETY, for all of these: the vectors are large enough, live to the end, and are nobody else's.
+    // SAFETY: for all of these: the vectors are large enough, live to the end, and are nobody else's.
     unsafe {
         let cache = PagedCache::new(layout, &bases).unwrap();
         let both = [chunk(data), chunk(data.add(511))];

@@ -104,10 +104,17 @@ unsafe fn interleave_word_by_word<const GATHER: bool>(line: *mut u8, first: *mut
 }
 
 #[cfg(target_arch = "x86_64")]
-#[expect(clippy::cast_ptr_alignment, reason = "all loads and stores are the unaligned ones")]
 mod x86 {
     use super::{Area, words_in_tile};
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m128i, __m256i, __m512i, _mm_loadu_si128, _mm_packs_epi32, _mm_slli_epi32, _mm_srai_epi32,
+        _mm_storeu_si128, _mm_unpackhi_epi16, _mm_unpackhi_epi32, _mm_unpackhi_epi64, _mm_unpacklo_epi16,
+        _mm_unpacklo_epi32, _mm_unpacklo_epi64, _mm256_loadu2_m128i, _mm256_storeu_si256,
+        _mm256_unpackhi_epi16, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi16,
+        _mm256_unpacklo_epi32, _mm256_unpacklo_epi64, _mm512_castsi128_si512, _mm512_inserti32x4,
+        _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+        _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    };
 
     /// A kernel transposes one tile: so many lines of 16 bytes.
     type Kernel = unsafe fn(*const u8, usize, *mut u8, usize);
