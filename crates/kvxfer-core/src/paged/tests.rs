@@ -287,7 +287,7 @@ impl std::fmt::Debug for Setting {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 3 } else { 200 }))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
     fn every_element_is_where_the_layout_says_and_nothing_else_changes(setting in settings()) {
         setting.check();

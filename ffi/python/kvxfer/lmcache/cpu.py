@@ -48,6 +48,7 @@ class CpuConnector(GPUConnectorInterface):
         self._threads = cpu_threads(config)
         self._known: tuple[Any, ...] = ()
         self._cache: PagedCache | None = None
+        self._processors: set[int] = set()
 
     def get_shape(self, num_tokens: int) -> torch.Size:
         return torch.Size([2, self.layers, num_tokens, self.heads * self.head_size])
@@ -59,7 +60,7 @@ class CpuConnector(GPUConnectorInterface):
             return
         known = tuple((cache.data_ptr(), cache.shape, cache.stride(), cache.dtype) for cache in caches)
         if known != self._known:
-            self._cache = self._describe(caches)
+            self._cache, self._processors = self._describe(caches), _pinned()
             self.kvcaches, self._known = list(caches), known
 
     def from_gpu(self, memory_obj: MemoryObj, start: int, end: int, **kwargs: Any) -> None:
@@ -73,7 +74,7 @@ class CpuConnector(GPUConnectorInterface):
     ) -> None:
         cache, slots = self._paged(kwargs)
         chunks = [self._chunk(*one, slots) for one in zip(memory_objs, starts, ends, strict=True)]
-        with _on_every_processor():
+        with _also_on(self._processors):
             cache.gather(chunks)
 
     def batched_to_gpu(
@@ -83,7 +84,7 @@ class CpuConnector(GPUConnectorInterface):
         # What vLLM's own prefix cache already holds must not be written again: other requests may be reading it.
         held = kwargs.get("vllm_cached_tokens", 0)
         chunks = [self._chunk(*one, slots, held) for one in zip(memory_objs, starts, ends, strict=True)]
-        with _on_every_processor():
+        with _also_on(self._processors):
             cache.scatter(chunks)
 
     def _paged(self, kwargs: dict[str, Any]) -> tuple[PagedCache, torch.Tensor]:
@@ -173,22 +174,23 @@ def attention_kernels(dtype: torch.dtype, block_size: int, head_size: int) -> st
 
 
 @contextlib.contextmanager
-def _on_every_processor() -> Iterator[None]:
+def _also_on(processors: set[int]) -> Iterator[None]:
     """Lets the calling thread, and those that start meanwhile, run wherever vLLM computes.
 
     vLLM pins each of its compute threads to a processor of its own, the calling one too, and the others are idle while this one
     copies. A thread that is not pinned is left alone.
     """
     own = os.sched_getaffinity(0)
-    every = _pinned() if len(own) == 1 else own
-    if every <= own:
-        yield
-        return
-    os.sched_setaffinity(0, every | own)
+    wider = own
+    if len(own) == 1 and not processors <= own:
+        with contextlib.suppress(OSError):  # processors that have been taken away: one is enough
+            os.sched_setaffinity(0, processors | own)
+            wider = processors | own
     try:
         yield
     finally:
-        os.sched_setaffinity(0, own)
+        if wider != own:
+            os.sched_setaffinity(0, own)
 
 
 def _pinned() -> set[int]:

@@ -13,7 +13,7 @@ from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 
 import kvxfer
-from kvxfer.lmcache import cpu
+from kvxfer.lmcache import cpu, settings
 from kvxfer.lmcache.cpu import CpuConnector
 
 LAYERS, HEADS, BLOCKS = 3, 2, 7
@@ -215,18 +215,26 @@ def test_a_pinned_caller_borrows_the_processors_of_its_siblings():
     seen = []
 
     def caller():
-        with cpu._on_every_processor():
+        with cpu._also_on(cpu._pinned()):
             seen.append(os.sched_getaffinity(0))
         seen.append(os.sched_getaffinity(0))
+        with cpu._also_on({4095}):
+            seen.append(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=pinned, args=(every[0], caller))
     thread.start()
     thread.join()
     stop.set()
     sibling.join()
-    assert seen == [{every[0], every[1]}, {every[0]}]
-    with cpu._on_every_processor():
+    assert seen == [{every[0], every[1]}, {every[0]}, {every[0]}]
+    with cpu._also_on({every[0]}):
         assert os.sched_getaffinity(0) == set(every)
+
+
+def test_its_setting_is_not_taken_for_one_of_the_agents():
+    config = types.SimpleNamespace(extra_config={"kvxfer": {"cpu": {"threads": 3}, "transfer_timeout": "5s"}})
+    assert settings.cpu_threads(config) == 3
+    assert settings._extra(config)[1] == {"transfer_timeout": "5s"}
 
 
 MAKE = """
