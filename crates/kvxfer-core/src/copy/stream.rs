@@ -69,6 +69,21 @@ fn kernel<const STREAM: bool>() -> Option<Kernel> {
     }
 }
 
+/// Asks for the lines of a range that will be read soon, in an order that the processor does not guess. A hint only, whatever the
+/// address.
+pub(crate) fn fetch(from: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..len.div_ceil(64) {
+        // SAFETY: prefetching has no effect on wrong addresses.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(64 * line).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, len);
+}
+
 /// Makes streaming stores visible before anything that follows.
 pub(crate) fn fence() {
     #[cfg(target_arch = "x86_64")]
