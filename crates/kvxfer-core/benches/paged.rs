@@ -9,18 +9,46 @@ use kvxfer_core::{PagedCache, PagedChunk, PagedLayout, PagedVariant};
 const LAYERS: usize = 16;
 const CHUNK: usize = 256;
 const CHUNKS: usize = 4;
+const PAGE: usize = 4096;
 const VARIANTS: [(&str, PagedVariant); 2] = [("vec", PagedVariant::Vec), ("amx", PagedVariant::Amx)];
 
 fn layout(variant: PagedVariant) -> PagedLayout {
     PagedLayout { variant, blocks: 64, heads: 8, block_size: 128, head_size: 64, element_bytes: 2 }
 }
 
+/// Bytes that begin with a page, as an engine's do.
+struct Bytes {
+    bytes: Vec<u8>,
+    begin: usize,
+    len: usize,
+}
+
+impl Bytes {
+    fn new(value: u8, len: usize) -> Self {
+        let bytes = vec![value; len + PAGE];
+        Self { begin: bytes.as_ptr().align_offset(PAGE), bytes, len }
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.begin..][..self.len]
+    }
+}
+
+impl std::ops::DerefMut for Bytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.begin..][..self.len]
+    }
+}
+
 /// What each measurement moves: eight blocks, spread over the cache.
 struct Setting {
     layout: PagedLayout,
-    layers: Vec<Vec<u8>>,
+    layers: Vec<Bytes>,
     slots: Vec<i64>,
-    data: Vec<u8>,
+    data: Bytes,
 }
 
 impl Setting {
@@ -31,14 +59,14 @@ impl Setting {
             (0..CHUNK * CHUNKS).map(|t| ((t / block * 29 % layout.blocks) * block + t % block) as i64);
         Self {
             layout,
-            layers: (0..LAYERS).map(|i| vec![i as u8 + 1; layout.layer_bytes()]).collect(),
+            layers: (0..LAYERS).map(|i| Bytes::new(i as u8 + 1, layout.layer_bytes())).collect(),
             slots: slots.collect(),
-            data: vec![1; 2 * LAYERS * CHUNK * CHUNKS * layout.row_bytes()],
+            data: Bytes::new(1, 2 * LAYERS * CHUNK * CHUNKS * layout.row_bytes()),
         }
     }
 
     fn with(&mut self, f: impl FnOnce(&PagedCache, &[PagedChunk<'_>])) {
-        let layers: Vec<_> = self.layers.iter_mut().map(Vec::as_mut_ptr).collect();
+        let layers: Vec<_> = self.layers.iter_mut().map(|l| l.as_mut_ptr()).collect();
         // SAFETY: each vector has a layer's bytes.
         let cache = unsafe { PagedCache::new(self.layout, &layers) }.expect("a cache");
         let bytes = self.data.len() / CHUNKS;

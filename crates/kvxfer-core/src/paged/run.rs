@@ -1,7 +1,7 @@
 //! One run of one (block, head): between the order of the attention kernels and rows of tokens.
 
 use super::layout::{GROUP, PagedLayout, PagedVariant};
-use super::transpose::{interleave, transpose};
+use super::transpose::{Ahead, interleave, transpose};
 
 /// Tokens `place..place + count` of the keys or values of a (block, head), and where their rows are.
 #[derive(Clone, Copy)]
@@ -16,6 +16,8 @@ pub(super) struct Side {
     pub(super) rows: *mut u8,
     /// From a token's row to the next one's, bytes.
     pub(super) stride: usize,
+    /// What is read next: fetched meanwhile.
+    pub(super) ahead: Ahead,
 }
 
 impl Side {
@@ -46,9 +48,21 @@ impl Side {
         // SAFETY: `head_size` lines of `count` elements from the first token's lie within the half.
         unsafe {
             if bytes == 2 {
-                self.transposed::<2, GATHER>(columns, line, layout.head_size, self.rows, self.count);
+                self.transposed::<2, GATHER>(
+                    (columns, line),
+                    layout.head_size,
+                    self.rows,
+                    self.count,
+                    self.ahead,
+                );
             } else {
-                self.transposed::<4, GATHER>(columns, line, layout.head_size, self.rows, self.count);
+                self.transposed::<4, GATHER>(
+                    (columns, line),
+                    layout.head_size,
+                    self.rows,
+                    self.count,
+                    self.ahead,
+                );
             }
         }
     }
@@ -76,8 +90,12 @@ impl Side {
             let count = (GROUP - place % GROUP).min(self.count - done);
             let columns = self.half.wrapping_add(place / GROUP * pairs * line + place % GROUP * pair);
             let rows = self.rows.wrapping_add(done * self.stride);
+            let ahead = match self.ahead {
+                Ahead::At(next) => Ahead::At(next.wrapping_add(done * layout.head_bytes())),
+                other => other,
+            };
             // SAFETY: `pairs` lines of `count` pairs lie within the group, which lies within the half.
-            unsafe { self.transposed::<4, GATHER>(columns, line, pairs, rows, count) };
+            unsafe { self.transposed::<4, GATHER>((columns, line), pairs, rows, count, ahead) };
             done += count;
         }
     }
@@ -94,12 +112,14 @@ impl Side {
                 let place = self.place + done;
                 let line = pairs.wrapping_add(place / 2 * pair);
                 let row = rows.wrapping_add(done * self.stride);
-                if place.is_multiple_of(2) && done + 2 <= self.count {
-                    // SAFETY: a line of 32 elements, and sixteen elements of two rows.
-                    unsafe { interleave::<GATHER>(line, row, row.wrapping_add(self.stride)) };
-                    done += 2;
+                let count = (self.count - done) / 2;
+                if place.is_multiple_of(2) && count > 0 {
+                    // SAFETY: whole lines, and sixteen elements of two rows for each.
+                    unsafe { interleave::<GATHER>(line, row, self.stride, count) };
+                    done += 2 * count;
                     continue;
                 }
+                // One token of a pair.
                 for i in 0..GROUP {
                     let paged = line.wrapping_add((2 * i + place % 2) * 2);
                     let (from, to) = turned::<GATHER>(paged, row.wrapping_add(2 * i));
@@ -114,18 +134,18 @@ impl Side {
     /// `lines` lines, a stride of `line` bytes apart, of `count` words each; and `count` rows of `lines` words.
     unsafe fn transposed<const WORD: usize, const GATHER: bool>(
         &self,
-        columns: *mut u8,
-        line: usize,
+        (columns, line): (*mut u8, usize),
         lines: usize,
         rows: *mut u8,
         count: usize,
+        ahead: Ahead,
     ) {
         // SAFETY: passed on.
         unsafe {
             if GATHER {
-                transpose::<WORD>(columns, line, rows, self.stride, lines, count);
+                transpose::<WORD>((columns, line), (rows, self.stride), lines, count, ahead);
             } else {
-                transpose::<WORD>(rows, self.stride, columns, line, count, lines);
+                transpose::<WORD>((rows, self.stride), (columns, line), count, lines, ahead);
             }
         }
     }

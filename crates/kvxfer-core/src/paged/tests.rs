@@ -50,11 +50,41 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
+/// Bytes that begin at the start of a cache line, or so many bytes behind one.
+#[derive(Clone)]
+struct Bytes {
+    bytes: Vec<u8>,
+    begin: usize,
+    len: usize,
+}
+
+impl Bytes {
+    fn new(content: &[u8], shift: usize) -> Self {
+        let mut bytes = vec![0; content.len() + 128];
+        let begin = bytes.as_ptr().align_offset(64) + shift;
+        bytes[begin..][..content.len()].copy_from_slice(content);
+        Self { bytes, begin, len: content.len() }
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.begin..][..self.len]
+    }
+}
+
+impl std::ops::DerefMut for Bytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.begin..][..self.len]
+    }
+}
+
 /// A cache in vectors, and chunks.
 struct Setting {
     layout: PagedLayout,
-    layers: Vec<Vec<u8>>,
-    chunks: Vec<(Vec<i64>, usize, Vec<u8>)>,
+    layers: Vec<Bytes>,
+    chunks: Vec<(Vec<i64>, usize, Bytes)>,
     threads: usize,
 }
 
@@ -62,18 +92,30 @@ impl Setting {
     fn new(layout: PagedLayout, layers: usize, slots: Vec<(Vec<i64>, usize)>, threads: usize) -> Self {
         let chunk = |(i, (slots, skip)): (usize, (Vec<i64>, usize))| {
             let bytes = 2 * layers * slots.len() * layout.row_bytes();
-            (slots, skip, noise(bytes, 1000 + i as u64))
+            (slots, skip, Bytes::new(&noise(bytes, 1000 + i as u64), 0))
         };
         Self {
             layout,
-            layers: (0..layers).map(|i| noise(layout.layer_bytes(), i as u64)).collect(),
+            layers: (0..layers).map(|i| Bytes::new(&noise(layout.layer_bytes(), i as u64), 0)).collect(),
             chunks: slots.into_iter().enumerate().map(chunk).collect(),
             threads,
         }
     }
 
+    /// The same with all memory so many bytes behind a cache line.
+    fn shifted(mut self, shift: usize) -> Self {
+        for bytes in self.layers.iter_mut().chain(self.chunks.iter_mut().map(|c| &mut c.2)) {
+            *bytes = Bytes::new(bytes, shift);
+        }
+        self
+    }
+
+    fn bytes(&self) -> Vec<Vec<u8>> {
+        self.layers.iter().chain(self.chunks.iter().map(|c| &c.2)).map(|b| b.to_vec()).collect()
+    }
+
     fn run(&mut self, gather: bool) -> Result<()> {
-        let layers: Vec<*mut u8> = self.layers.iter_mut().map(Vec::as_mut_ptr).collect();
+        let layers: Vec<*mut u8> = self.layers.iter_mut().map(|l| l.as_mut_ptr()).collect();
         // SAFETY: each vector has as many bytes as a layer, and lives longer than the cache.
         let cache = unsafe { PagedCache::new(self.layout, &layers) }?;
         let chunks: Vec<_> = self
@@ -94,19 +136,20 @@ impl Setting {
 
     /// Moves both ways and compares every byte on both sides.
     fn check(mut self) {
-        let before: Vec<_> = self.chunks.iter().map(|c| c.2.clone()).collect();
+        let before: Vec<_> = self.chunks.iter().map(|c| c.2.to_vec()).collect();
         self.run(true).unwrap();
         for ((slots, skip, chunk), mut expected) in self.chunks.iter().zip(before) {
             for (at, layer, paged) in places(&self.layout, self.layers.len(), slots, *skip) {
                 let bytes = self.layout.element_bytes;
                 expected[at..at + bytes].copy_from_slice(&self.layers[layer][paged..paged + bytes]);
             }
-            assert!(*chunk == expected, "gathered chunk differs");
+            assert!(**chunk == *expected, "gathered chunk differs");
         }
         for (i, chunk) in self.chunks.iter_mut().enumerate() {
-            chunk.2 = noise(chunk.2.len(), 2000 + i as u64);
+            let new = noise(chunk.2.len(), 2000 + i as u64);
+            chunk.2.copy_from_slice(&new);
         }
-        let mut expected = self.layers.clone();
+        let mut expected: Vec<_> = self.layers.iter().map(|l| l.to_vec()).collect();
         for (slots, skip, chunk) in &self.chunks {
             for (at, layer, paged) in places(&self.layout, self.layers.len(), slots, *skip) {
                 let bytes = self.layout.element_bytes;
@@ -114,7 +157,7 @@ impl Setting {
             }
         }
         self.run(false).unwrap();
-        assert!(self.layers == expected, "scattered cache differs");
+        assert!(self.layers.iter().zip(&expected).all(|(a, b)| **a == **b), "scattered cache differs");
     }
 }
 
@@ -153,9 +196,12 @@ fn large_moves_are_streamed_and_arrive_like_small_ones() {
             // A part of a block at either end, and a chunk whose begin is left alone.
             slots.extend(layout.block_size as i64 + 3..layout.block_size as i64 + 24);
             let other = slots.split_off(5);
-            let setting = Setting::new(layout, 9, vec![(slots, 0), (other, 7)], threads);
-            assert!(setting.chunks[1].2.len() > 2 << 20, "large enough to be streamed");
-            setting.check();
+            let chunks = vec![(slots, 0), (other, 7)];
+            for shift in [0, 16, 6] {
+                let setting = Setting::new(layout, 9, chunks.clone(), threads).shifted(shift);
+                assert!(setting.chunks[1].2.len() > 2 << 20, "large enough to be streamed");
+                setting.check();
+            }
         }
     }
 }
@@ -184,12 +230,12 @@ fn nothing_to_move_is_fine() {
 fn wrong_arguments_are_named_and_nothing_moves() {
     fn refused(setting: &mut Setting, words: &[&str]) {
         for gather in [true, false] {
-            let before = (setting.layers.clone(), setting.chunks.clone());
+            let before = setting.bytes();
             let text = setting.run(gather).unwrap_err().to_string();
             for word in words {
                 assert!(text.contains(word), "{text:?} lacks {word:?}");
             }
-            assert!(before == (setting.layers.clone(), setting.chunks.clone()), "something moved: {text}");
+            assert!(before == setting.bytes(), "something moved: {text}");
         }
     }
     let good = || Setting::new(vec(3, 2, 16, 32, 2), 2, vec![(vec![1, 2, 3], 0), (vec![9; 2], 0)], 1);
@@ -202,7 +248,7 @@ fn wrong_arguments_are_named_and_nothing_moves() {
     refused(&mut s, &["slot -1"]);
     s.chunks[1].1 = 3;
     refused(&mut s, &["chunk 1 skips 3 of 2"]);
-    s.chunks[1].2.pop();
+    s.chunks[1].2.len -= 1;
     refused(&mut s, &["chunk 1 has 1023 bytes", "2 tokens of 2 layers", "1024"]);
     s.layout.head_size = 0;
     refused(&mut s, &["head_size", "is 0"]);
@@ -216,8 +262,8 @@ fn wrong_arguments_are_named_and_nothing_moves() {
     refused(&mut s, &["block_size", "48", "multiples of 32"]);
     s.layout = amx(3, 2, 32, 80);
     refused(&mut s, &["head_size", "80"]);
-    s.layers.clear();
     s.layout = vec(3, 2, 16, 32, 2);
+    s.layers.clear();
     refused(&mut s, &["layers", "0 of them"]);
 }
 

@@ -4,20 +4,30 @@
 //! the lanes of 16 bytes hold further lines, so that the same few unpacking steps transpose 8, 16 or 32 lines at once, and what
 //! is written grows to a whole cache line. What is left at the edges goes word by word, as does everything on other processors.
 
+/// What is read next, where the processor does not expect it. A hint.
+#[derive(Clone, Copy)]
+pub(super) enum Ahead {
+    /// Nobody knows.
+    Nothing,
+    /// What begins there.
+    At(*const u8),
+    /// Of each line, what is so many bytes further.
+    Beside(usize),
+}
+
 /// Words at `from`: `lines` lines, `from_stride` bytes apart, of `count` words each. They become `count` lines at `to`, `to_stride`
-/// bytes apart, of `lines` words each.
+/// bytes apart, of `lines` words each. Meanwhile as many bytes are fetched of what is read next.
 ///
 /// # Safety
 /// Both sides are valid for what is described there, and do not overlap.
 pub(super) unsafe fn transpose<const WORD: usize>(
-    from: *const u8,
-    from_stride: usize,
-    to: *mut u8,
-    to_stride: usize,
+    (from, from_stride): (*const u8, usize),
+    (to, to_stride): (*mut u8, usize),
     lines: usize,
     count: usize,
+    ahead: Ahead,
 ) {
-    let area = Area { from, from_stride, to, to_stride, lines, count };
+    let area = Area { from, from_stride, to, to_stride, lines, count, ahead };
     #[cfg(target_arch = "x86_64")]
     // SAFETY: passed on.
     let done = unsafe { x86::tiles::<WORD>(&area) };
@@ -43,6 +53,7 @@ struct Area {
     to_stride: usize,
     lines: usize,
     count: usize,
+    ahead: Ahead,
 }
 
 impl Area {
@@ -71,31 +82,46 @@ impl Area {
     }
 }
 
-/// Sixteen elements of 2 bytes of each of two rows, and the line of 64 bytes in which they take turns. Out of the line (`GATHER`) or
-/// into it.
+/// Lines of 64 bytes, one after another; in each, sixteen elements of 2 bytes of two rows take turns, and the rows follow one another
+/// `stride` bytes apart. Out of the lines (`GATHER`) or into them.
 ///
 /// # Safety
-/// The line is valid for 64 bytes, each row for 32; none overlaps another.
-pub(super) unsafe fn interleave<const GATHER: bool>(line: *mut u8, first: *mut u8, second: *mut u8) {
+/// There are `pairs` lines, and twice as many rows, each valid for 32 bytes; none overlaps another.
+pub(super) unsafe fn interleave<const GATHER: bool>(
+    lines: *mut u8,
+    rows: *mut u8,
+    stride: usize,
+    pairs: usize,
+) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: passed on.
+    // SAFETY: passed on; the feature was detected.
     unsafe {
-        x86::interleave::<GATHER>(line, first, second);
+        if is_x86_feature_detected!("avx512f") {
+            x86::interleave_avx512::<GATHER>(lines, rows, stride, pairs);
+        } else {
+            x86::interleave_sse2::<GATHER>(lines, rows, stride, pairs);
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     // SAFETY: passed on.
     unsafe {
-        interleave_word_by_word::<GATHER>(line, first, second);
+        interleave_word_by_word::<GATHER>(lines, rows, stride, pairs);
     }
 }
 
 /// # Safety
 /// As for [`interleave`].
 #[cfg(any(test, not(target_arch = "x86_64")))]
-unsafe fn interleave_word_by_word<const GATHER: bool>(line: *mut u8, first: *mut u8, second: *mut u8) {
-    for i in 0..16 {
-        for (turn, row) in [first, second].into_iter().enumerate() {
-            let (paged, row) = (line.wrapping_add(4 * i + 2 * turn), row.wrapping_add(2 * i));
+unsafe fn interleave_word_by_word<const GATHER: bool>(
+    lines: *mut u8,
+    rows: *mut u8,
+    stride: usize,
+    pairs: usize,
+) {
+    for row in 0..2 * pairs {
+        for i in 0..16 {
+            let paged = lines.wrapping_add(row / 2 * 64 + 4 * i + row % 2 * 2);
+            let row = rows.wrapping_add(row * stride + 2 * i);
             let (from, to) = if GATHER { (paged, row) } else { (row, paged) };
             // SAFETY: one element of each.
             unsafe { std::ptr::copy_nonoverlapping(from, to, 2) };
@@ -105,15 +131,17 @@ unsafe fn interleave_word_by_word<const GATHER: bool>(line: *mut u8, first: *mut
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Area, words_in_tile};
+    use super::{Ahead, Area, words_in_tile};
+    use crate::copy::stream;
     use std::arch::x86_64::{
         __m128i, __m256i, __m512i, _mm_loadu_si128, _mm_packs_epi32, _mm_slli_epi32, _mm_srai_epi32,
         _mm_storeu_si128, _mm_unpackhi_epi16, _mm_unpackhi_epi32, _mm_unpackhi_epi64, _mm_unpacklo_epi16,
-        _mm_unpacklo_epi32, _mm_unpacklo_epi64, _mm256_loadu2_m128i, _mm256_storeu_si256,
+        _mm_unpacklo_epi32, _mm_unpacklo_epi64, _mm256_loadu_si256, _mm256_loadu2_m128i, _mm256_storeu_si256,
         _mm256_unpackhi_epi16, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi16,
-        _mm256_unpacklo_epi32, _mm256_unpacklo_epi64, _mm512_castsi128_si512, _mm512_inserti32x4,
-        _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-        _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        _mm256_unpacklo_epi32, _mm256_unpacklo_epi64, _mm512_castsi128_si512, _mm512_cvtepi32_epi16,
+        _mm512_cvtepu16_epi32, _mm512_inserti32x4, _mm512_loadu_si512, _mm512_or_si512, _mm512_slli_epi32,
+        _mm512_srli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi16, _mm512_unpackhi_epi32,
+        _mm512_unpackhi_epi64, _mm512_unpacklo_epi16, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
     /// A kernel transposes one tile: so many lines of 16 bytes.
@@ -125,11 +153,26 @@ mod x86 {
     /// As for [`super::transpose`].
     pub(super) unsafe fn tiles<const WORD: usize>(area: &Area) -> usize {
         let mut done = 0;
+        let mut fetched = 0;
         for (lines, kernel) in kernels::<WORD>() {
             while area.lines - done >= lines {
                 let Some(kernel) = kernel else { break };
                 for column in (0..area.count / words_in_tile::<WORD>()).map(|i| i * words_in_tile::<WORD>()) {
                     let (from, to) = (area.source::<WORD>(done, column), area.target::<WORD>(done, column));
+                    match area.ahead {
+                        Ahead::Nothing => {}
+                        Ahead::At(next) => {
+                            stream::fetch(next.wrapping_add(fetched), 16 * lines);
+                            fetched += 16 * lines;
+                        }
+                        // Four tiles to a cache line.
+                        Ahead::Beside(bytes) if (column * WORD).is_multiple_of(64) => {
+                            for line in 0..lines {
+                                stream::fetch(from.wrapping_add(line * area.from_stride + bytes), 1);
+                            }
+                        }
+                        Ahead::Beside(_) => {}
+                    }
                     // SAFETY: the tile lies within the area; the kernel's features were detected.
                     unsafe { kernel(from, area.from_stride, to, area.to_stride) };
                 }
@@ -318,18 +361,51 @@ mod x86 {
 
     /// # Safety
     /// As for [`super::interleave`].
-    pub(super) unsafe fn interleave<const GATHER: bool>(line: *mut u8, first: *mut u8, second: *mut u8) {
-        for half in 0..2 {
-            let (line, first, second) =
-                (line.wrapping_add(32 * half), first.wrapping_add(16 * half), second.wrapping_add(16 * half));
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn interleave_avx512<const GATHER: bool>(
+        lines: *mut u8,
+        rows: *mut u8,
+        stride: usize,
+        pairs: usize,
+    ) {
+        for pair in 0..pairs {
+            // SAFETY: a line, and sixteen elements of each of its two rows.
+            unsafe {
+                let line = lines.wrapping_add(64 * pair).cast();
+                let first = rows.wrapping_add(2 * pair * stride).cast();
+                let second = rows.wrapping_add((2 * pair + 1) * stride).cast();
+                if GATHER {
+                    let both = _mm512_loadu_si512(line);
+                    _mm256_storeu_si256(first, _mm512_cvtepi32_epi16(both));
+                    _mm256_storeu_si256(second, _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(both)));
+                } else {
+                    let first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first));
+                    let second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second));
+                    _mm512_storeu_si512(line, _mm512_or_si512(first, _mm512_slli_epi32::<16>(second)));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`super::interleave`].
+    pub(super) unsafe fn interleave_sse2<const GATHER: bool>(
+        lines: *mut u8,
+        rows: *mut u8,
+        stride: usize,
+        pairs: usize,
+    ) {
+        for half in 0..2 * pairs {
+            let line = lines.wrapping_add(32 * half);
+            let first = rows.wrapping_add(half / 2 * 2 * stride + half % 2 * 16);
+            let second = first.wrapping_add(stride);
             // SAFETY: eight elements of each row, sixteen of the line; SSE2 is part of every x86-64 processor.
             unsafe {
                 if GATHER {
                     let (a, b) = (load_128(line, 0), load_128(line.wrapping_add(16), 0));
                     // Sign extension makes packing with saturation exact.
-                    let even =
-                        _mm_packs_epi32(extended(_mm_slli_epi32::<16>(a)), extended(_mm_slli_epi32::<16>(b)));
-                    store_128(first, even);
+                    let (low_a, low_b) = (_mm_slli_epi32::<16>(a), _mm_slli_epi32::<16>(b));
+                    store_128(first, _mm_packs_epi32(extended(low_a), extended(low_b)));
                     store_128(second, _mm_packs_epi32(extended(a), extended(b)));
                 } else {
                     let (a, b) = (load_128(first, 0), load_128(second, 0));
@@ -362,7 +438,10 @@ mod tests {
         let from = filled(lines * from_stride);
         let mut to = vec![0xEE; count * to_stride];
         // SAFETY: both vectors have so many lines of that stride.
-        unsafe { transpose::<WORD>(from.as_ptr(), from_stride, to.as_mut_ptr(), to_stride, lines, count) };
+        unsafe {
+            let (source, target) = ((from.as_ptr(), from_stride), (to.as_mut_ptr(), to_stride));
+            transpose::<WORD>(source, target, lines, count, Ahead::Nothing);
+        }
         let mut expected = vec![0xEE; count * to_stride];
         for line in 0..lines {
             for column in 0..count {
@@ -413,25 +492,29 @@ mod tests {
 
     #[test]
     fn two_rows_take_turns_in_a_line() {
-        let mut line = filled(64);
-        let rows = |line: &mut [u8], f: unsafe fn(*mut u8, *mut u8, *mut u8)| {
-            let mut rows = [vec![0; 32], vec![0; 32]];
-            let [a, b] = &mut rows;
-            // SAFETY: a line of 64 bytes and rows of 32.
-            unsafe { f(line.as_mut_ptr(), a.as_mut_ptr(), b.as_mut_ptr()) };
-            rows
-        };
-        let [mut a, mut b] = rows(&mut line, interleave::<true>);
-        assert_eq!([a.clone(), b.clone()], rows(&mut line, interleave_word_by_word::<true>));
-        assert_eq!(
-            (&a[..4], &b[..4]),
-            ([line[0], line[1], line[4], line[5]].as_slice(), &[line[2], line[3], line[6], line[7]][..])
-        );
-        for turn in [interleave::<false>, interleave_word_by_word::<false>] {
-            let mut again = vec![0; 64];
-            // SAFETY: as above.
-            unsafe { turn(again.as_mut_ptr(), a.as_mut_ptr(), b.as_mut_ptr()) };
-            assert_eq!(again, line);
+        type Turn = unsafe fn(*mut u8, *mut u8, usize, usize);
+        const STRIDE: usize = 40;
+        let mut turns: Vec<[Turn; 2]> = vec![
+            [interleave_word_by_word::<true>, interleave_word_by_word::<false>],
+            [interleave::<true>, interleave::<false>],
+        ];
+        #[cfg(target_arch = "x86_64")]
+        turns.push([x86::interleave_sse2::<true>, x86::interleave_sse2::<false>]);
+        let lines = filled(3 * 64);
+        for [out, back] in turns {
+            let (mut source, mut rows, mut again) = (lines.clone(), vec![0xEE; 6 * STRIDE], vec![0; 3 * 64]);
+            // SAFETY: three lines, and six rows of 32 bytes.
+            unsafe {
+                out(source.as_mut_ptr(), rows.as_mut_ptr(), STRIDE, 3);
+                back(again.as_mut_ptr(), rows.as_mut_ptr(), STRIDE, 3);
+            }
+            for (at, byte) in rows.iter().enumerate() {
+                let (row, i) = (at / STRIDE, at % STRIDE);
+                let expected =
+                    if i < 32 { lines[row / 2 * 64 + i / 2 * 4 + row % 2 * 2 + i % 2] } else { 0xEE };
+                assert_eq!(*byte, expected, "row {row}, byte {i}");
+            }
+            assert_eq!(again, lines);
         }
     }
 }

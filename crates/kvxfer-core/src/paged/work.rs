@@ -2,7 +2,8 @@
 
 use super::run::Side;
 use super::runs::{Run, runs};
-use super::{PagedCache, PagedChunk};
+use super::transpose::Ahead;
+use super::{PagedCache, PagedChunk, PagedVariant};
 use crate::copy::stream;
 use crate::threads;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,6 +12,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const STREAM_FROM: usize = 2 << 20;
 /// Rows are put together in a buffer of this size before they are streamed: a part of a second-level cache.
 const STAGE: usize = 128 << 10;
+/// One head's rows are put in order in a part of the stage of this size, of a first-level cache.
+const HEAD_STAGE: usize = 16 << 10;
+const LINE: usize = 64;
+/// How far ahead rows that follow one another are fetched.
+const FURTHER: usize = 2 << 10;
 /// A further thread for each so many bytes; below, starting it costs more than it brings.
 const THREAD_BYTES: usize = 1 << 20;
 /// Threads at most where the caller leaves it to us.
@@ -90,6 +96,9 @@ impl Work<'_> {
                 unsafe {
                     match (self.streaming, GATHER) {
                         (false, _) => part.direct::<GATHER>(runs),
+                        (true, true) if of_lines(part.rows, self.cache.layout.head_bytes()) => {
+                            part.gather_lines(runs, &mut stage)
+                        }
                         (true, true) => part.gather_streaming(runs, &mut stage),
                         (true, false) => part.scatter_streaming(runs, &mut stage),
                     }
@@ -103,7 +112,11 @@ impl Work<'_> {
 
     fn stage_bytes<const GATHER: bool>(&self) -> usize {
         let layout = &self.cache.layout;
-        if GATHER { STAGE.max(layout.row_bytes()) } else { layout.half_bytes() }
+        if GATHER {
+            STAGE.max(layout.row_bytes()).max(TILE * layout.head_bytes())
+        } else {
+            layout.half_bytes()
+        }
     }
 }
 
@@ -128,18 +141,14 @@ impl Part<'_> {
     /// Moves a run between the cache and rows that begin at `rows`.
     unsafe fn carry<const GATHER: bool>(&self, run: &Run, rows: *mut u8) {
         let layout = &self.cache.layout;
-        // A transposition reads a line here and a line there; in order, they come faster.
-        let fetch = GATHER && 2 * run.count >= layout.block_size;
         for head in 0..layout.heads {
-            if fetch {
-                stream::fetch(self.half(run.block, head), layout.half_bytes());
-            }
             let side = Side {
                 half: self.half(run.block, head),
                 place: run.place,
                 count: run.count,
                 rows: rows.wrapping_add(head * layout.head_bytes()),
                 stride: self.row,
+                ahead: Ahead::Nothing,
             };
             // SAFETY: passed on.
             unsafe { side.carry::<GATHER>(layout, self.values) };
@@ -150,6 +159,45 @@ impl Part<'_> {
         for run in runs {
             // SAFETY: passed on.
             unsafe { self.carry::<GATHER>(run, self.rows.wrapping_add(run.token * self.row)) };
+        }
+    }
+
+    /// A head's rows are whole lines: they are put in order in a stage that stays in the first-level cache, or are so already, and
+    /// streamed from there.
+    unsafe fn gather_lines(&self, runs: &[Run], stage: &mut Stage) {
+        let layout = &self.cache.layout;
+        let bytes = layout.head_bytes();
+        let room = (HEAD_STAGE / bytes / TILE * TILE).max(TILE);
+        for (i, run) in runs.iter().enumerate() {
+            for head in 0..layout.heads {
+                let half = self.half(run.block, head);
+                let to = self.rows.wrapping_add(run.token * self.row + head * bytes);
+                if self.values && layout.variant == PagedVariant::Vec {
+                    let from = half.wrapping_add(run.place * bytes);
+                    // SAFETY: rows of whole lines on both sides; the caller has checked the destination's alignment.
+                    unsafe { stream::copy_rows((to, self.row), (from, bytes), bytes, run.count, FURTHER) };
+                    continue;
+                }
+                let next = match runs.get(i + 1) {
+                    _ if head + 1 < layout.heads => Some(self.half(run.block, head + 1)),
+                    next => next.map(|next| self.half(next.block, 0)),
+                };
+                let mut done = 0;
+                while done < run.count {
+                    let count = (run.count - done).min(room);
+                    let ahead =
+                        next.map_or(Ahead::Nothing, |next| Ahead::At(next.wrapping_add(done * bytes)));
+                    let (place, rows) = (run.place + done, stage.at(0));
+                    let side = Side { half, place, count, rows, stride: bytes, ahead };
+                    let to = to.wrapping_add(done * self.row);
+                    // SAFETY: the stage has room for `count` rows of the head; otherwise as above.
+                    unsafe {
+                        side.carry::<true>(layout, self.values);
+                        stream::copy_rows((to, self.row), (rows, bytes), bytes, count, 0);
+                    }
+                    done += count;
+                }
+            }
         }
     }
 
@@ -197,21 +245,35 @@ impl Part<'_> {
                 continue;
             }
             for head in 0..layout.heads {
+                let (half, bytes) = (self.half(run.block, head), layout.head_bytes());
+                let from = rows.wrapping_add(head * bytes);
+                if self.values && layout.variant == PagedVariant::Vec && of_lines(half, bytes) {
+                    // SAFETY: rows of whole lines on both sides; the half was found to be aligned.
+                    unsafe { stream::copy_rows((half, bytes), (from, self.row), bytes, run.count, bytes) };
+                    continue;
+                }
                 let side = Side {
                     half: stage.at(0),
                     place: 0,
                     count: run.count,
-                    rows: rows.wrapping_add(head * layout.head_bytes()),
+                    rows: from,
                     stride: self.row,
+                    // The next head's part of the same rows.
+                    ahead: Ahead::Beside(bytes),
                 };
                 // SAFETY: the stage has room for a half; the rest is passed on.
                 unsafe {
                     side.carry::<false>(layout, self.values);
-                    stage.flush(self.half(run.block, head), layout.half_bytes());
+                    stage.flush(half, layout.half_bytes());
                 }
             }
         }
     }
+}
+
+/// Whether rows of so many bytes that begin there are whole cache lines.
+fn of_lines(rows: *mut u8, bytes: usize) -> bool {
+    rows.addr().is_multiple_of(LINE) && bytes.is_multiple_of(LINE)
 }
 
 /// A buffer between two orders, aligned like a cache line.
