@@ -18,7 +18,7 @@ fn layout(variant: PagedVariant) -> PagedLayout {
 
 /// Bytes that begin with a page, as an engine's do.
 struct Bytes {
-    bytes: Vec<u8>,
+    all: Vec<u8>,
     begin: usize,
     len: usize,
 }
@@ -26,20 +26,20 @@ struct Bytes {
 impl Bytes {
     fn new(value: u8, len: usize) -> Self {
         let bytes = vec![value; len + PAGE];
-        Self { begin: bytes.as_ptr().align_offset(PAGE), bytes, len }
+        Self { begin: bytes.as_ptr().align_offset(PAGE), all: bytes, len }
     }
 }
 
 impl std::ops::Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.bytes[self.begin..][..self.len]
+        &self.all[self.begin..][..self.len]
     }
 }
 
 impl std::ops::DerefMut for Bytes {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.begin..][..self.len]
+        &mut self.all[self.begin..][..self.len]
     }
 }
 

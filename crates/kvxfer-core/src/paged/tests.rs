@@ -53,7 +53,7 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
 /// Bytes that begin at the start of a cache line, or so many bytes behind one.
 #[derive(Clone)]
 struct Bytes {
-    bytes: Vec<u8>,
+    all: Vec<u8>,
     begin: usize,
     len: usize,
 }
@@ -63,20 +63,20 @@ impl Bytes {
         let mut bytes = vec![0; content.len() + 128];
         let begin = bytes.as_ptr().align_offset(64) + shift;
         bytes[begin..][..content.len()].copy_from_slice(content);
-        Self { bytes, begin, len: content.len() }
+        Self { all: bytes, begin, len: content.len() }
     }
 }
 
 impl std::ops::Deref for Bytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.bytes[self.begin..][..self.len]
+        &self.all[self.begin..][..self.len]
     }
 }
 
 impl std::ops::DerefMut for Bytes {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.begin..][..self.len]
+        &mut self.all[self.begin..][..self.len]
     }
 }
 

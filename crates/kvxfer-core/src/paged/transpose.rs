@@ -160,7 +160,6 @@ mod x86 {
                 for column in (0..area.count / words_in_tile::<WORD>()).map(|i| i * words_in_tile::<WORD>()) {
                     let (from, to) = (area.source::<WORD>(done, column), area.target::<WORD>(done, column));
                     match area.ahead {
-                        Ahead::Nothing => {}
                         Ahead::At(next) => {
                             stream::fetch(next.wrapping_add(fetched), 16 * lines);
                             fetched += 16 * lines;
@@ -171,7 +170,7 @@ mod x86 {
                                 stream::fetch(from.wrapping_add(line * area.from_stride + bytes), 1);
                             }
                         }
-                        Ahead::Beside(_) => {}
+                        Ahead::Beside(_) | Ahead::Nothing => {}
                     }
                     // SAFETY: the tile lies within the area; the kernel's features were detected.
                     unsafe { kernel(from, area.from_stride, to, area.to_stride) };

@@ -97,7 +97,7 @@ impl Work<'_> {
                     match (self.streaming, GATHER) {
                         (false, _) => part.direct::<GATHER>(runs),
                         (true, true) if of_lines(part.rows, self.cache.layout.head_bytes()) => {
-                            part.gather_lines(runs, &mut stage)
+                            part.gather_lines(runs, &mut stage);
                         }
                         (true, true) => part.gather_streaming(runs, &mut stage),
                         (true, false) => part.scatter_streaming(runs, &mut stage),
