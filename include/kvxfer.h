@@ -128,6 +128,14 @@
 // A request has ended.
 #define KVXFER_OUTBOX_ENDED 2
 
+// vLLM's `vec` and `vec16` kernels. In a (block, head): keys `[head_size][block_size]`, values
+// `[block_size][head_size]`.
+#define KVXFER_PAGED_VEC 1
+
+// vLLM's `amx` kernels, elements of 2 bytes. In a (block, head): keys `[block_size / 16][head_size / 2][16][2]`,
+// values `[head_size / 16][block_size / 2][16][2]`.
+#define KVXFER_PAGED_AMX 2
+
 // Something failed that somebody must know.
 #define KVXFER_LOG_ERROR 1
 
@@ -566,6 +574,47 @@ typedef struct kvxfer_outbox_event_t {
   // A failure in words, NUL-terminated, cut when longer.
   char text[512];
 } kvxfer_outbox_event_t;
+
+// A paged cache in host memory. Each layer is contiguous, `[blocks, heads, 2, block_size * head_size]` elements:
+// of each block and head first the keys, then the values, in the order that `layout` names.
+typedef struct kvxfer_paged_t {
+  // `sizeof(kvxfer_paged_t)`.
+  size_t struct_size;
+  // First byte of each layer; the memory stays the caller's.
+  void *const *layers;
+  // Number of layers in `layers`.
+  size_t layer_count;
+  // Bytes of each layer; must be what the sizes below come to.
+  uint64_t layer_bytes;
+  // Blocks.
+  uint64_t blocks;
+  // Heads of keys and of values.
+  uint32_t heads;
+  // Tokens in a block.
+  uint32_t block_size;
+  // Elements of a head.
+  uint32_t head_size;
+  // Bytes of an element: 2 or 4.
+  uint32_t element_bytes;
+  // `KVXFER_PAGED_...`.
+  uint32_t layout;
+  // Threads that copy; 0: as many as the calling thread has processors, eight at most.
+  uint32_t threads;
+} kvxfer_paged_t;
+
+// A contiguous chunk, `[2, layers, tokens, heads * head_size]` elements: keys of all layers, then values.
+typedef struct kvxfer_paged_chunk_t {
+  // Slot of each token, `block * block_size + place in the block`; in any order.
+  const int64_t *slots;
+  // Number of tokens.
+  size_t tokens;
+  // So many tokens at the chunk's start are left alone on both sides; their slots are not looked at.
+  size_t skip;
+  // First byte of the chunk; the memory stays the caller's.
+  void *data;
+  // Bytes of the chunk; must be what its tokens, skipped ones too, come to.
+  uint64_t length;
+} kvxfer_paged_chunk_t;
 
 // Receives one message: its level (`KVXFER_LOG_...`), the module it came from, the text, and the `context`
 // given when it was installed. Called from any thread, also from kvxfer's own, and from several at once. The
@@ -1180,6 +1229,20 @@ kvxfer_result_t kvxfer_memory_base(const struct kvxfer_memory_t *memory, void **
 
 // Frees the handle; regions and pools over the memory keep it until they are gone. NULL is fine.
 kvxfer_result_t kvxfer_memory_free(struct kvxfer_memory_t *memory);
+
+// Copies tokens out of the cache: each chunk is filled from its slots. Several threads, and large copies go past
+// the processor's cache; returns when all is done. The slots' bytes must not change meanwhile. Everything is
+// checked first; on `KVXFER_INVALID_ARGUMENT` (a slot outside the blocks, a length that does not fit the sizes,
+// an unknown layout, memory that overlaps) nothing was copied. The chunks are disjoint.
+kvxfer_result_t kvxfer_paged_gather(const struct kvxfer_paged_t *cache,
+                                    const struct kvxfer_paged_chunk_t *chunks,
+                                    size_t chunk_count);
+
+// Copies tokens into the cache: each chunk's tokens go to its slots, and nothing else of the cache changes. Of a
+// slot that is named twice, the later token stays. The layers are disjoint; otherwise as `kvxfer_paged_gather`.
+kvxfer_result_t kvxfer_paged_scatter(const struct kvxfer_paged_t *cache,
+                                     const struct kvxfer_paged_chunk_t *chunks,
+                                     size_t chunk_count);
 
 // Translates an `LMCache` configuration file, YAML text, into today's words: a JSON object with `config` (keys and
 // values), `notices` (what became of a key: `key`, `today`, `text`), `problems` (`keys`, `text`, `contradiction`) and

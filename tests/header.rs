@@ -6,10 +6,10 @@ use std::path::Path;
 use support::header::{Header, ROOT};
 
 /// The files in the order in which a C reader wants to meet their contents.
-const SOURCES: [&str; 21] = [
+const SOURCES: [&str; 22] = [
     "version", "result", "error", "args", "config", "agent", "region", "peer", "transfer", "notify",
-    "events", "metrics", "receiver", "sender", "delivery", "query", "outbox", "memory", "lmcache", "log",
-    "handle",
+    "events", "metrics", "receiver", "sender", "delivery", "query", "outbox", "memory", "paged", "lmcache",
+    "log", "handle",
 ];
 
 fn generate() -> String {

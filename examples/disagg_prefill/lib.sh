@@ -174,7 +174,7 @@ serve_instance() {
   sed -E -e "s/^(pd_peer_init_port:).*/\\1 $((${INIT_PORT:-7300} + i))/" \
     -e "s/^(pd_peer_alloc_port:).*/\\1 $((${ALLOC_PORT:-7400} + i))/" -e "s/^(pd_proxy_port:).*/\\1 ${NOTIFY_PORT:-7500}/" \
     -e "s/^(pd_(peer|proxy)_host:).*/\\1 \"$host\"/" "$here/configs/lmcache-$role-config.yaml" >"$config"
-  local connector=LMCacheConnectorV1 module='' served=$model
+  local served=$model
   local args=(--host "$host" --port "$port" --enforce-eager)
   export LMCACHE_CONFIG_FILE=$config VLLM_ENABLE_V1_MULTIPROCESSING=1 VLLM_WORKER_MULTIPROC_METHOD=spawn
   # LMCache's keys contain Python hashes: equal on all instances, or nothing is ever found.
@@ -183,15 +183,13 @@ serve_instance() {
     local cpus
     mapfile -t cpus < <(taskset -cp $$ | sed 's/.*: //' | tr , '\n' | awk -F- '{ for (i = $1; i <= ($2 == "" ? $1 : $2); i++) print i }')
     sed -i -e 's/"cuda"/"cpu"/' -e 's/^pd_buffer_size:.*/pd_buffer_size: 268435456/' "$config"
-    connector=LMCacheConnectorCPU module=', "kv_connector_module_path": "lmcache_cpu"'
     rpc=$rpc-$port served=$e2e_home/model
     [ ! -d "$model" ] || served=$model
     # bfloat16 sums depend on how a prefill is cut, and LMCache's async mode wants a prompt in one step on a CPU.
     args+=(--served-model-name "$model" --max-model-len 8192 --max-num-batched-tokens 8192 --max-num-seqs 4
-      --no-enable-prefix-caching --dtype "$(cpu_dtype)")
+      --no-enable-prefix-caching)
     PATH=$e2e_home/venv/bin:$PATH
-    PYTHONPATH=$root/examples/vllm_cpu${PYTHONPATH:+:$PYTHONPATH}
-    export PATH PYTHONPATH VLLM_CPU_OMP_THREADS_BIND=${cpus[$((gpu % ${#cpus[@]}))]} VLLM_CPU_KVCACHE_SPACE=1
+    export PATH VLLM_CPU_OMP_THREADS_BIND=${cpus[$((gpu % ${#cpus[@]}))]} VLLM_CPU_KVCACHE_SPACE=1
     export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo UCX_NET_DEVICES=${UCX_NET_DEVICES:-lo} HF_HUB_OFFLINE=1
     export LMCACHE_TRACK_USAGE=false VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
   else
@@ -201,7 +199,7 @@ serve_instance() {
   fi
   # shellcheck disable=SC2086 # words on purpose
   exec vllm serve "$served" "${args[@]}" --kv-transfer-config \
-    "{\"kv_connector\": \"$connector\"$module, \"kv_role\": \"$kv_role\", \"kv_connector_extra_config\": {\"discard_partial_chunks\": false, \"lmcache_rpc_port\": \"$rpc\"$extra}}" \
+    "{\"kv_connector\": \"LMCacheConnectorV1\", \"kv_role\": \"$kv_role\", \"kv_connector_extra_config\": {\"discard_partial_chunks\": false, \"lmcache_rpc_port\": \"$rpc\"$extra}}" \
     ${ENGINE_ARGS:-}
 }
 
@@ -267,9 +265,6 @@ vllm_knows() {
   file=$(python3 -c 'import importlib.util; print(importlib.util.find_spec("vllm").submodule_search_locations[0])' 2>/dev/null)
   grep -qs -- "--$1\|${1//-/_}" "$file/engine/arg_utils.py"
 }
-
-# A machine with AMX keeps bfloat16 keys in a layout that the CPU connector does not know.
-cpu_dtype() { if grep -qs amx_bf16 /proc/cpuinfo; then echo float16; else echo bfloat16; fi; }
 
 listening() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 

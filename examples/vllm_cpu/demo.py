@@ -22,7 +22,6 @@ import sys
 import time
 
 import httpx
-import torch
 
 import channel_bench
 from stack import MODEL_NAME, Stack, home
@@ -121,11 +120,6 @@ def check_tokens(stack):
     return failures
 
 
-def dtype():
-    """bfloat16, except where vLLM would run bfloat16 on AMX kernels, whose cache layout the CPU connector refuses."""
-    return "float16" if torch.cpu._is_amx_tile_supported() else "bfloat16"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
@@ -151,7 +145,7 @@ def main():
             f'\n== vLLM + LMCache, transfer_channel: "{channel}", PD backend {mode}: starting prefiller, decoder and proxy',
             flush=True,
         )
-        with Stack(mode, channel, dtype()) as stack:
+        with Stack(mode, channel, control=True) as stack:
             print(f"up after {time.monotonic() - started:.0f} s; logs in {stack.logs}", flush=True)
             failures += check_tokens(stack)
             if options.keep and (channel, mode) == stacks[-1]:

@@ -103,14 +103,15 @@ class Stack:
 
     `lmcache` holds settings for both sides' LMCache, `vllm` flags for both servers, `environment` variables by role, `files`
     configuration files by role that are used as they are: `ports` then says what they name (`init`, `alloc`, `notify`).
-    `connector` holds extra settings of the connector. With several `ranks` each server runs tensor-parallel. `model`, an attribute, is the model's folder.
+    `connector` holds extra settings of the connector. With `control` the received cache can be spoilt (`negative_control.py`): it is
+    zeroed while `corrupt_marker` exists. With several `ranks` each server runs tensor-parallel. `model`, an attribute, is the model's folder.
     """
 
     def __init__(
         self,
         mode="kvxfer",
         channel="kvxfer",
-        dtype="bfloat16",
+        control=False,
         lmcache=None,
         vllm=(),
         environment=None,
@@ -120,7 +121,7 @@ class Stack:
         ranks=1,
         connector=None,
     ):
-        self.mode, self.channel, self.dtype = mode, channel, dtype
+        self.mode, self.channel, self.control = mode, channel, control
         self.lmcache, self.vllm, self.environment = lmcache or {}, list(vllm), environment or {}
         self.proxy_flags, self.files, self.ports, self.ranks = list(proxy), files or {}, ports or {}, ranks
         self.connector = connector or {}
@@ -205,7 +206,7 @@ class Stack:
             "--served-model-name",
             MODEL_NAME,
         ]
-        command += ["--host", "127.0.0.1", "--port", port, "--dtype", self.dtype, "--max-model-len", MAX_TOKENS]
+        command += ["--host", "127.0.0.1", "--port", port, "--max-model-len", MAX_TOKENS]
         command += [
             "--max-num-batched-tokens",
             MAX_TOKENS,
@@ -258,11 +259,10 @@ class Stack:
         if role == "decoder":
             extra["skip_last_n_tokens"] = 1
         return {
-            "kv_connector": "LMCacheConnectorCPU",
-            "kv_connector_module_path": "lmcache_cpu",
+            "kv_connector": "LMCacheConnectorV1",
             "kv_role": kv_role,
             "kv_connector_extra_config": extra | self.connector,
-        }
+        } | ({"kv_connector": "SpoiltConnector", "kv_connector_module_path": "negative_control"} if self.control else {})
 
     def _write_config(self, role):
         config = yaml.safe_load((HERE / f"{role}.yaml").read_text())

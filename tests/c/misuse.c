@@ -313,7 +313,72 @@ static void requests(fixture_t *fx) {
   REFUSED(kvxfer_receiver_free(receiver));
 }
 
+/* A paged cache of one layer: two blocks of 16 tokens with one head of 32 elements of 2 bytes. */
+static void paged(void) {
+  static uint16_t layer[2048], row[64];
+  for (int i = 0; i < 2048; i++) layer[i] = (uint16_t)i;
+  void *base = layer;
+  int64_t slot = 16 + 5;
+  kvxfer_paged_t cache;
+  memset(&cache, 0, sizeof cache);
+  cache.struct_size = sizeof cache;
+  cache.layers = &base;
+  cache.layer_count = 1;
+  cache.layer_bytes = sizeof layer;
+  cache.blocks = 2;
+  cache.heads = 1;
+  cache.block_size = 16;
+  cache.head_size = 32;
+  cache.element_bytes = 2;
+  cache.layout = KVXFER_PAGED_VEC;
+  kvxfer_paged_chunk_t chunk = {&slot, 1, 0, row, sizeof row};
+  OK(kvxfer_paged_gather(&cache, &chunk, 1));
+  for (int i = 0; i < 32; i++) {
+    TRUE(row[i] == 1024 + i * 16 + 5);           /* keys: [32 elements][16 tokens] */
+    TRUE(row[32 + i] == 1024 + 512 + 5 * 32 + i); /* values: [16 tokens][32 elements] */
+  }
+  memset(row, 0, sizeof row);
+  OK(kvxfer_paged_scatter(&cache, &chunk, 1));
+  for (int i = 0; i < 1024; i++) {
+    int ours = i < 512 ? i % 16 == 5 : (i - 512) / 32 == 5;
+    TRUE(layer[i] == i && layer[1024 + i] == (ours ? 0 : 1024 + i));
+  }
+
+  row[0] = 7;
+  slot = 32;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("slot 32");
+  slot = -1;
+  REFUSED(kvxfer_paged_scatter(&cache, &chunk, 1));
+  SAYS("slot -1");
+  slot = 0;
+  chunk.length--;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("127 bytes");
+  chunk.length++;
+  chunk.data = layer;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("share memory");
+  chunk.data = row;
+  cache.layer_bytes--;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("layer_bytes");
+  cache.layer_bytes++;
+  cache.layout = 77;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("layout: is 77");
+  cache.layout = KVXFER_PAGED_AMX;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("multiples of 32");
+  cache.layout = KVXFER_PAGED_VEC;
+  base = NULL;
+  REFUSED(kvxfer_paged_gather(&cache, &chunk, 1));
+  SAYS("layer 0 is NULL");
+  TRUE(row[0] == 7);
+}
+
 int main(void) {
+  paged();
   handles();
   fixture_t fx;
   fixture_new(&fx);

@@ -147,6 +147,8 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
         ("const kvxfer_sender_config_t *", _) => "&channel".into(),
         ("const kvxfer_outbox_config_t *", _) => "&outbox".into(),
         ("const kvxfer_batch_t *", _) => "&batch".into(),
+        ("const kvxfer_paged_t *", _) => "&paged".into(),
+        ("const kvxfer_paged_chunk_t *", _) => "&paged_chunk".into(),
         ("kvxfer_outbox_event_t *", _) => "&outbox_event".into(),
         ("kvxfer_transfer_report_t *", _) => "&transfer_report".into(),
         ("kvxfer_delivery_report_t *", _) => "&delivery_report".into(),
@@ -215,6 +217,20 @@ int main(void) {
   SIZED(kvxfer_receiver_event_t, event);
   SIZED(kvxfer_pool_stats_t, stats);
   SIZED(kvxfer_path_stats_t, path_stats);
+  void *layer = memory;
+  SIZED(kvxfer_paged_t, paged);
+  paged.layers = &layer;
+  paged.layer_count = 1;
+  paged.layer_bytes = 2048;
+  paged.blocks = 1;
+  paged.heads = 1;
+  paged.block_size = 16;
+  paged.head_size = 32;
+  paged.element_bytes = 2;
+  paged.layout = KVXFER_PAGED_VEC;
+  int64_t slots[] = {3};
+  kvxfer_paged_chunk_t paged_chunk = {slots, 1, 0, memory + 2048, 128};
+  OK(kvxfer_paged_gather(&paged, &paged_chunk, 1));
   uint64_t live = kvxfer_live_handles();
 "#;
 

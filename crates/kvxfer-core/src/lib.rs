@@ -15,6 +15,7 @@ pub mod error;
 pub mod memory;
 pub mod metrics;
 pub mod notify;
+pub mod paged;
 mod threads;
 pub mod transport;
 
@@ -30,6 +31,7 @@ pub use kvxfer_proto::{
     AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId,
 };
 pub use memory::Memory;
+pub use paged::{PagedCache, PagedChunk, PagedLayout, PagedVariant};
 pub use transport::{Op, Piece, TransportKind};
 
 const _: () = assert!(usize::BITS == 64, "kvxfer needs a 64-bit target");

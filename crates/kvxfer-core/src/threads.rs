@@ -28,6 +28,20 @@ pub(crate) fn spawn(
     Builder::new().name(name.into()).spawn(body)
 }
 
+/// Runs `body` on this thread and on up to `helpers` further ones, until all have returned. Where the system gives no more
+/// threads, fewer run it.
+pub(crate) fn helped(name: &str, helpers: usize, body: impl Fn() + Sync) {
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            let _masked = Masked::new();
+            if Builder::new().name(name.into()).spawn_scoped(scope, &body).is_err() {
+                break;
+            }
+        }
+        body();
+    });
+}
+
 /// While it lives, the calling thread has the program's signals blocked.
 struct Masked {
     before: libc::sigset_t,
@@ -68,6 +82,25 @@ mod tests {
             libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), now.as_mut_ptr());
             libc::sigismember(now.as_ptr(), signal) == 1
         }
+    }
+
+    #[test]
+    fn helpers_run_the_same_and_are_gone_afterwards() {
+        let was = blocked(libc::SIGUSR1);
+        let threads = std::sync::Mutex::new(std::collections::BTreeMap::new());
+        let all = std::sync::Barrier::new(3);
+        helped("kvxfer-test", 2, || {
+            let name = std::thread::current().name().unwrap_or_default().to_owned();
+            *threads.lock().unwrap().entry((name, blocked(libc::SIGUSR1))).or_insert(0) += 1;
+            all.wait();
+        });
+        let mut threads = threads.into_inner().unwrap();
+        assert_eq!(threads.remove(&("kvxfer-test".into(), true)), Some(2));
+        assert_eq!(
+            threads.into_iter().map(|((_, blocked), count)| (blocked, count)).collect::<Vec<_>>(),
+            [(was, 1)]
+        );
+        assert_eq!(blocked(libc::SIGUSR1), was);
     }
 
     #[test]

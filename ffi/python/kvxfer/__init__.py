@@ -56,6 +56,7 @@ from kvxfer.errors import (
 )
 from kvxfer.memory import SharedMemory
 from kvxfer.outbox import Ended, Outbox, Released
+from kvxfer.paged import PagedCache, PagedChunk
 from kvxfer.query import Found, FoundChunk, ReadReport
 from kvxfer.region import Region
 from kvxfer.transfer import Transfer, TransferReport
@@ -91,6 +92,8 @@ __all__ = [
     "Notification",
     "OutOfRange",
     "Outbox",
+    "PagedCache",
+    "PagedChunk",
     "Peer",
     "PeerGone",
     "PoolStats",

@@ -77,6 +77,11 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "LMCacheConnectorV1Impl.get_finished": ("self", "finished_req_ids"),
         "LMCacheConnectorV1Impl.request_finished": ("self", "request", "block_ids"),
     },
+    "lmcache.v1.gpu_connector": {
+        "CreateGPUConnector": ("config", "metadata", "engine"),
+        "EngineType.VLLM": (),
+        "torch_device_type": (),
+    },
     "lmcache.v1.distributed.transfer_channel.factory": {
         "register_transfer_channel_factory": ("transfer_channel_type", "factory"),
     },

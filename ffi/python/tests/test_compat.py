@@ -49,6 +49,16 @@ def CreateTransferChannel(
     assert channel_type in ["nixl", "mock_memory"], channel_type
     return channel_type
 """,
+    "lmcache/v1/gpu_connector/__init__.py": """
+import enum
+
+torch_device_type = "cpu"
+EngineType = enum.Enum("EngineType", "VLLM")
+
+
+def CreateGPUConnector(config, metadata, engine, layout_hints=None):
+    pass
+""",
     "lmcache/v1/distributed/transfer_channel/factory.py": """
 def register_transfer_channel_factory(transfer_channel_type, factory):
     pass

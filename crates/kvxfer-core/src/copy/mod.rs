@@ -9,7 +9,7 @@
 //! pointers and private buffers, never through references, so that such a peer can spoil bytes but nothing else.
 
 mod digest;
-mod stream;
+pub(crate) mod stream;
 mod verify;
 mod xxh3;
 

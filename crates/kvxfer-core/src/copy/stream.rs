@@ -16,9 +16,40 @@ const STRING_COPY: usize = 16 << 10;
 ///
 /// # Safety
 /// `from` is readable and `to` writable for `len` bytes. They may overlap, with unspecified bytes as the result.
-pub(super) unsafe fn copy(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
+pub(crate) unsafe fn copy(to: *mut u8, from: *const u8, len: usize, next: *const u8) {
     // SAFETY: the caller's promise.
     unsafe { copy_lines::<true>(to, from, len, next) };
+}
+
+/// Copies rows of whole lines, `len` bytes each and a stride apart, with streaming stores; call [`fence`] before anybody is told.
+/// What is `further` bytes behind each line is fetched meanwhile, unless that is 0.
+///
+/// # Safety
+/// `to`, its stride and `len` are multiples of 64. Every row is readable at `from` and writable at `to`; the two do not overlap.
+pub(crate) unsafe fn copy_rows(
+    (to, to_stride): (*mut u8, usize),
+    (from, from_stride): (*const u8, usize),
+    len: usize,
+    rows: usize,
+    further: usize,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the promise; the feature was detected.
+        unsafe { x86::rows_avx512((to, to_stride), (from, from_stride), len, rows, further) };
+        return;
+    } else if is_x86_feature_detected!("avx2") {
+        // SAFETY: as above.
+        unsafe { x86::rows_avx2((to, to_stride), (from, from_stride), len, rows, further) };
+        return;
+    }
+    let _ = further;
+    for row in 0..rows {
+        // SAFETY: the promise.
+        unsafe {
+            from.add(row * from_stride).copy_to_nonoverlapping(to.add(row * to_stride), len);
+        }
+    }
 }
 
 /// Copies so that the destination is in the cache afterwards.
@@ -69,8 +100,23 @@ fn kernel<const STREAM: bool>() -> Option<Kernel> {
     }
 }
 
+/// Asks for the lines of a range that will be read soon, in an order that the processor does not guess. A hint only, whatever the
+/// address.
+pub(crate) fn fetch(from: *const u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..len.div_ceil(64) {
+        // SAFETY: prefetching has no effect on wrong addresses.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(64 * line).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, len);
+}
+
 /// Makes streaming stores visible before anything that follows.
-pub(super) fn fence() {
+pub(crate) fn fence() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: part of every x86-64 processor, no memory is named.
     unsafe {
@@ -101,7 +147,7 @@ pub(super) type Kernel = unsafe fn(*mut u8, *const u8, usize, *const u8);
 mod x86 {
     use super::AHEAD;
     use std::arch::x86_64::{
-        __m256i, __m512i, _MM_HINT_NTA, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256,
+        __m256i, __m512i, _MM_HINT_NTA, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm256_storeu_si256,
         _mm256_stream_si256, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_stream_si512,
     };
     use std::sync::OnceLock;
@@ -181,6 +227,54 @@ mod x86 {
             while at < len {
                 store_256::<STREAM>(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
                 at += 32;
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`super::copy_rows`].
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn rows_avx512(
+        (to, to_stride): (*mut u8, usize),
+        (from, from_stride): (*const u8, usize),
+        len: usize,
+        rows: usize,
+        further: usize,
+    ) {
+        for row in 0..rows {
+            // SAFETY: whole lines of a row; the destination is aligned.
+            unsafe {
+                let (from, to) = (from.add(row * from_stride), to.add(row * to_stride));
+                for at in (0..len).step_by(64) {
+                    if further > 0 {
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at + further).cast());
+                    }
+                    store_512::<true>(to.add(at).cast(), _mm512_loadu_si512(from.add(at).cast()));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`super::copy_rows`].
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn rows_avx2(
+        (to, to_stride): (*mut u8, usize),
+        (from, from_stride): (*const u8, usize),
+        len: usize,
+        rows: usize,
+        further: usize,
+    ) {
+        for row in 0..rows {
+            // SAFETY: whole lines of a row; the destination is aligned.
+            unsafe {
+                let (from, to) = (from.add(row * from_stride), to.add(row * to_stride));
+                for at in (0..len).step_by(32) {
+                    if further > 0 {
+                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at + further).cast());
+                    }
+                    store_256::<true>(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
+                }
             }
         }
     }

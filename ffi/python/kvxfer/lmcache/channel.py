@@ -413,7 +413,8 @@ def _extra_config() -> dict[str, Any]:
         raise errors.InvalidArgument(
             f"extra_config: kvxfer: {extra!r} is not a mapping of settings", lib.KVXFER_INVALID_ARGUMENT
         )
-    return dict(extra)
+    # What lies below `cpu` is the CPU connector's.
+    return {name: value for name, value in extra.items() if name != "cpu"}
 
 
 def _prefer_huge_pages(address: int, size: int) -> None:

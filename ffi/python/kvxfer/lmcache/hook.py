@@ -30,6 +30,7 @@ ADDITIONS = {
     "lmcache.v1.storage_backend.pd_backend_async": "kvxfer.lmcache.hook:add_pd_backend",
     "lmcache.v1.cache_engine": "kvxfer.lmcache.hook:add_to_store",
     "lmcache.integration.vllm.vllm_v1_adapter": "kvxfer.lmcache.hook:add_to_adapter",
+    "lmcache.v1.gpu_connector": "kvxfer.lmcache.hook:add_cpu_connector",
     "lmcache.v1.memory_management": "kvxfer.lmcache.memory:add_allocation",
     "lmcache.v1.distributed.transfer_channel.factory": "kvxfer.lmcache.hook:add_factory",
 }
@@ -267,6 +268,24 @@ def _without_first_token(original):
         return original(self, request, block_ids)
 
     return request_finished
+
+
+def add_cpu_connector(package) -> None:
+    """vLLM on CPUs: where LMCache finds no connector to its cache, it gets ours. One that it does find stays."""
+    original = package.CreateGPUConnector
+
+    @functools.wraps(original)
+    def create_gpu_connector(config, metadata, engine, *args, **kwargs):
+        try:
+            return original(config, metadata, engine, *args, **kwargs)
+        except RuntimeError as e:
+            if package.torch_device_type != "cpu" or engine != package.EngineType.VLLM or "No supported" not in str(e):
+                raise
+        from kvxfer.lmcache.cpu import CpuConnector
+
+        return CpuConnector(config, metadata)
+
+    replace(package, "CreateGPUConnector", create_gpu_connector)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

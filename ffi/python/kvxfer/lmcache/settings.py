@@ -12,6 +12,7 @@ from kvxfer.channel import Geometry
 # LMCache's default for `pd_allocation_timeout_sec` is infinite; nothing here waits for ever.
 ALLOCATION_TIMEOUT_S = 30.0
 _PROXY_HOST = "localhost"
+_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,25 @@ def _geometry(config: Any, metadata: Any, shape: tuple[int, ...], dtype: Any, pa
     )
 
 
+def cpu_threads(config: Any) -> int:
+    """`extra_config: kvxfer: cpu: threads`; 0 where nothing is said."""
+    extra = (config.extra_config or {}).get("kvxfer", {})
+    stated = extra.get("cpu", {}) if isinstance(extra, dict) else extra
+    if not isinstance(stated, dict) or set(stated) - {"threads"}:
+        raise ValueError(f"extra_config: kvxfer: cpu: {stated!r} is not a mapping with the one setting threads")
+    threads = stated.get("threads", 0)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= _MAX_THREADS:
+        raise ValueError(f"extra_config: kvxfer: cpu: threads: {threads!r} is not a number from 0 to {_MAX_THREADS}")
+    return threads
+
+
 def _extra(config: Any) -> tuple[PdSettings, dict[str, Any]]:
     """`extra_config: kvxfer:`: settings of the PD backend below `pd`, and the agent's."""
     extra = (config.extra_config or {}).get("kvxfer", {})
     if not isinstance(extra, dict):
         raise ValueError(f"extra_config: kvxfer: {extra!r} is not a mapping of settings")
     agent = dict(extra)
+    agent.pop("cpu", None)  # the CPU connector's
     stated = agent.pop("pd", {})
     if not isinstance(stated, dict):
         raise ValueError(f"extra_config: kvxfer: pd: {stated!r} is not a mapping of settings")

@@ -5,16 +5,10 @@ import random
 import time
 
 import httpx
-import torch
 from stack import MODEL_NAME
 
 GENERATED = 12
 SOON = 60
-
-
-def dtype():
-    """Where vLLM would use AMX kernels for bfloat16 the CPU connector asks for another type."""
-    return "float16" if torch.cpu._is_amx_tile_supported() else "bfloat16"
 
 
 def prompt(tokens, seed, shared=0):

@@ -5,7 +5,7 @@ import time
 
 import httpx
 import pytest
-from asking import SOON, ask, dtype, prompt
+from asking import SOON, ask, prompt
 from stack import MODEL_NAME, Stack, free_ports
 from test_pd import CHUNK, PAGE, PAGES
 
@@ -19,7 +19,7 @@ def stack():
         # LMCache's adapter wants one to ask at all; nobody listens on it.
         "pd_peer_query_port": free_ports(1),
     }
-    with Stack("kvxfer", dtype=dtype(), lmcache=lmcache) as running:
+    with Stack("kvxfer", lmcache=lmcache) as running:
         yield running
 
 

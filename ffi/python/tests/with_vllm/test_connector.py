@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from asking import GENERATED, SOON, ask, dtype, gauge, prompt, until
+from asking import GENERATED, SOON, ask, gauge, prompt, until
 from stack import MODEL_NAME, Stack, free_ports
 
 HOLD_S = 6
@@ -23,7 +23,7 @@ READ = "kvxfer: request"
 def stack():
     flags = ["--enable-prefix-caching", "--max-num-batched-tokens", 256]
     connector = {"hold": HOLD_S, "read_timeout": 5}
-    with Stack("vllm", dtype=dtype(), vllm=flags, connector=connector) as running:
+    with Stack("vllm", vllm=flags, connector=connector) as running:
         yield running
 
 
@@ -152,7 +152,7 @@ def test_another_dtype_is_refused_by_name(stack):
         tokens = prompt(300, "dtype")
         answer = decode(stack, tokens, prefill(stack, tokens))
         assert len(answer) == GENERATED
-        assert f"dtype differs: here '{dtype()}', there 'float32'" in stack.log("decoder").read_text()
+        assert "dtype differs: here 'bfloat16', there 'float32'" in stack.log("decoder").read_text()
     finally:
         stack.vllm = flags
 

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 import pytest
-from asking import ask, dtype, gauge, prompt
+from asking import ask, gauge, prompt
 from stack import Stack
 
 GUIDES = pathlib.Path(__file__).resolve().parents[4] / "crates" / "kvxfer-lmcache" / "tests" / "guides"
@@ -33,7 +33,7 @@ def test_a_guides_files_as_written_start_a_working_pair(guide):
     files = {role: GUIDES / f"{guide}-{role}.yaml" for role in ("prefiller", "decoder")}
     # The first guide's file names LMCache's own channel, which then stays in use.
     channel = "nixl" if guide == "1p1d" else "kvxfer"
-    with Stack("kvxfer", channel, dtype(), files=files, ports=PORTS[guide]) as stack:
+    with Stack("kvxfer", channel, files=files, ports=PORTS[guide]) as stack:
         prompts = [prompt(n, f"{guide} {n}") for n in (200, 700)]
         assert [ask(stack.proxy, p) for p in prompts] == [ask(stack.decoder, p) for p in prompts]
         for role, notices in SAID[guide].items():

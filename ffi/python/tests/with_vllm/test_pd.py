@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from asking import SOON, ask, ask_many, dtype, gauge, prompt, until
+from asking import SOON, ask, ask_many, gauge, prompt, until
 from stack import Stack
 
 CHUNK, STEP = 64, 256
@@ -39,7 +39,7 @@ def stack():
         "extra_config": {"kvxfer": {"pd": {"retention": RETENTION_S, "request_timeout": 20, "patience": 3}}},
     }
     flags = ["--max-num-batched-tokens", STEP, "--max-num-seqs", 8]
-    with Stack("kvxfer", dtype=dtype(), lmcache=lmcache, vllm=flags) as running:
+    with Stack("kvxfer", lmcache=lmcache, vllm=flags) as running:
         yield running
 
 

@@ -1,6 +1,6 @@
 """Two tensor-parallel ranks on each side: each rank's cache goes to the same rank of the decoder."""
 
-from asking import ask, dtype, gauge, prompt
+from asking import ask, gauge, prompt
 from stack import Stack
 from test_connector import decode, expected, prefill, reads
 
@@ -8,7 +8,7 @@ CHUNK = 64
 
 
 def test_two_ranks_hand_over_their_halves():
-    with Stack("kvxfer", dtype=dtype(), lmcache={"chunk_size": CHUNK}, ranks=2) as stack:
+    with Stack("kvxfer", lmcache={"chunk_size": CHUNK}, ranks=2) as stack:
         prompts = [prompt(n, f"ranks {n}") for n in (64, 300, 1000)]
         assert [ask(stack.proxy, p) for p in prompts] == [ask(stack.decoder, p) for p in prompts]
         chunks = sum(-(-len(p) // CHUNK) for p in prompts)
@@ -20,7 +20,7 @@ def test_two_ranks_hand_over_their_halves():
 
 def test_two_ranks_are_read_by_their_like():
     """vLLM alone, with kvxfer's own connector."""
-    with Stack("vllm", dtype=dtype(), ranks=2) as stack:
+    with Stack("vllm", ranks=2) as stack:
         for n in (64, 1000):
             tokens = prompt(n, f"pull ranks {n}")
             before = len(reads(stack))

@@ -4,7 +4,7 @@ One decoder; the prefiller is started anew for each case. Both keep their prefix
 """
 
 import pytest
-from asking import ask, ask_many, dtype, gauge, prompt, until
+from asking import ask, ask_many, gauge, prompt, until
 from stack import Stack
 
 CHUNK = 64
@@ -18,7 +18,7 @@ def stack():
         "chunk_size": CHUNK,
         "extra_config": {"kvxfer": {"pd": {"retention": RETENTION_S, "request_timeout": 20, "patience": 3}}},
     }
-    with Stack("kvxfer", dtype=dtype(), lmcache=lmcache, vllm=["--enable-prefix-caching"]) as running:
+    with Stack("kvxfer", lmcache=lmcache, vllm=["--enable-prefix-caching"]) as running:
         yield running
 
 
@@ -102,7 +102,7 @@ def test_another_model_is_refused_by_name(stack, prefiller):
 
 def test_another_dtype_is_refused_by_name(stack, prefiller):
     prefiller(vllm=["--dtype", "float32"])
-    refused(stack, "dtype", "dtype differs", "float32", dtype())
+    refused(stack, "dtype", "dtype differs", "float32", "bfloat16")
 
 
 def test_a_prefiller_that_fits_is_taken_again(stack, prefiller):
