@@ -1,13 +1,16 @@
 """How long a store and a load take between vLLM's paged cache and LMCache's chunks: kvxfer's CPU connector beside a loop in torch.
 
-    python gather_bench.py [--layout vec|amx] [--tokens 5000] [--layers 16 --heads 8 --head-size 64] [--reps 9] [--json FILE]
+    python gather_bench.py [--layout vec|amx] [--processors 1] [--tokens 5000] [--layers 16 --heads 8 --head-size 64] [--json FILE]
 
 The loop is what one writes with torch alone: layer by layer, indexed by block and place, a chunk at a time. Both move the same
-tokens in one process, in turns, and what they move is compared bit for bit. Build the wheel in release mode for this.
+tokens in one process, in turns, and what they move is compared bit for bit. Before each turn is a pause: threads of torch go on
+spinning for a while after they have worked, and would take a processor from whoever comes next. Both have one processor unless told
+otherwise, as a server of `stack.py` has. Build the wheel in release mode.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import time
@@ -20,6 +23,7 @@ from kvxfer.lmcache import cpu
 
 CHUNK = 256
 BAR = 5.0
+SETTLED_S = 0.05
 
 
 class TorchLoop:
@@ -66,6 +70,7 @@ def seconds(reps, *ways):
     times = [[] for _ in ways]
     for _ in range(reps + 1):
         for taken, way in zip(times, ways, strict=True):
+            time.sleep(SETTLED_S)
             started = time.perf_counter()
             way()
             taken.append(time.perf_counter() - started)
@@ -138,16 +143,22 @@ def main():
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--threads", type=int, default=0, help="of kvxfer; 0: as many as there are, eight at most")
+    parser.add_argument("--processors", type=int, default=1, help="as many as both may use")
+    parser.add_argument("--threads", type=int, default=0, help="of kvxfer; 0: one for each processor, eight at most")
     parser.add_argument("--reps", type=int, default=9, help="timed repetitions of each; the median counts")
     parser.add_argument("--json", help="write the numbers to this file")
     options = parser.parse_args()
 
+    available = sorted(os.sched_getaffinity(0))
+    if not 0 < options.processors <= len(available):
+        parser.error(f"--processors {options.processors}: this process may run on {len(available)}")
+    os.sched_setaffinity(0, available[: options.processors])
+    torch.set_num_threads(options.processors)
     result = measure(options)
     size = result["bytes"]
     print(
         f"{options.tokens} tokens, {options.layers} layers, {options.heads} heads of {options.head_size}, {options.dtype}, "
-        f"{options.layout}: {size / 1e6:.0f} MB, torch with {torch.get_num_threads()} threads"
+        f"{options.layout}: {size / 1e6:.0f} MB on {options.processors} processors"
     )
     print(f"{'':<8}{'torch ms':>10}{'kvxfer ms':>11}{'kvxfer GB/s':>13}{'ratio':>8}")
     for name in ("store", "load"):

@@ -21,11 +21,11 @@
 //!
 //! # How it is done
 //!
-//! The slots of a chunk become runs of neighbours within a block ([`runs`]). A layer's keys, and a layer's values, are one piece
+//! The slots of a chunk become runs of neighbours within a block (`runs`). A layer's keys, and a layer's values, are one piece
 //! of work, taken by whichever thread is free: no two threads write the same bytes, whatever the slots say. In all four
 //! formats a run of one (block, head) is either a transposition of elements or of pairs, an interleaving of two rows, or a plain
-//! copy ([`run`], [`transpose`]). Large moves go through a buffer that fits the second-level cache and leave it with streaming
-//! stores ([`work`]).
+//! copy (`run`, `transpose`). Large moves are streamed: a head's rows are put in order in a buffer that stays in the first-level
+//! cache, and leave it past the caches, while what is read next is fetched (`work`).
 
 mod layout;
 mod run;
@@ -39,7 +39,7 @@ pub use layout::{PagedLayout, PagedVariant};
 
 use crate::{Error, Result};
 
-/// A layer is at most this often in a cache; more is a wild number.
+/// No model has so many; more is a wild number.
 const MAX_LAYERS: usize = 1 << 16;
 
 /// A paged cache in host memory: where its layers are, and what they look like.
