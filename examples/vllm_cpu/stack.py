@@ -52,6 +52,11 @@ def cores():
     return available[0], available[1 % len(available)]
 
 
+def get(url):
+    """The servers are on this machine: a proxy from the environment is of no use."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2)
+
+
 class Server:
     """A child below a keeper (see `keeper.py`), with its log. It ends with this process, however that ends."""
 
@@ -72,8 +77,7 @@ class Server:
             if self.keeper.poll() is not None:
                 raise RuntimeError(f"{self.name} ended; its log, {self.log}, ends:\n{self.tail()}")
             try:
-                # The servers are on this machine: a proxy from the environment is of no use.
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url + "/health", timeout=2).close()
+                get(url + "/health").close()
                 return
             except (urllib.error.URLError, OSError):
                 pass
@@ -171,6 +175,18 @@ class Stack:
             self.servers.append(self._serve_proxy(prefiller, decoder, proxy, init, alloc, notify))
         for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=False):
             server.wait_healthy(url, deadline)
+        self._wait_known(deadline)
+
+    def _wait_known(self, deadline):
+        """Until the proxy has both servers: it asks each now and then."""
+        while self.mode != "vllm":
+            with get(self.proxy + "/metrics") as answer:
+                up = [line for line in answer.read().decode().splitlines() if line.startswith("kvxfer_proxy_instance_up{")]
+            if len(up) == 2 and all(line.endswith(" 1") for line in up):
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the proxy does not see both servers; see {self.log('proxy')}")
+            time.sleep(0.2)
 
     def _serve_proxy(self, prefiller, decoder, proxy, init, alloc, notify):
         command = [kvxfer_command(), "proxy", "--host", "127.0.0.1", "--port", proxy]
@@ -191,7 +207,9 @@ class Stack:
         index = list(self._roles).index(role)
         self.servers[index] = self._serve(role, "ab")
         url = {"prefiller": self.prefiller, "decoder": self.decoder}[role]
-        self.servers[index].wait_healthy(url, time.monotonic() + START_TIMEOUT_S)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        self.servers[index].wait_healthy(url, deadline)
+        self._wait_known(deadline)
 
     def _serve(self, role, mode="wb"):
         """Starts `vllm serve` with LMCache configured by ROLE.yaml of this folder, its ports replaced by free ones."""
