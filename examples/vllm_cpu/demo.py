@@ -22,9 +22,9 @@ import sys
 import time
 
 import httpx
+from stack import MODEL_NAME, Stack, home
 
 import channel_bench
-from stack import MODEL_NAME, Stack, home
 
 PROMPT_TOKENS = [100, 256, 257, 1000, 3000, 5000]
 GENERATED = 24

@@ -11,7 +11,6 @@ import torch
 
 import far_side
 from far_side import CHUNK, PAGES, content, fill, free_ports, key
-
 from kvxfer.errors import KvxferError
 
 SOON = 30
