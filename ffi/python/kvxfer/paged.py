@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvxfer._call import choice
 from kvxfer._native import ffi, lib
@@ -65,7 +65,7 @@ class PagedCache:
         check(lib.kvxfer_paged_scatter(self._paged, _array(chunks), len(chunks)))
 
 
-def _array(chunks: Sequence[PagedChunk]):
+def _array(chunks: Sequence[PagedChunk]) -> Any:
     array = ffi.new("kvxfer_paged_chunk_t[]", max(1, len(chunks)))
     for i, chunk in enumerate(chunks):
         c = array[i]

@@ -90,7 +90,7 @@ def test_a_request_for_the_prefiller_alone_is_answered(stack):
 def test_clients_that_leave_at_any_moment_hold_no_page(stack):
     for i, patience in enumerate((0.02, 0.05, 0.1, 0.2, 0.4, 0.8)):
         with pytest.raises(httpx.TimeoutException):
-            ask(stack.proxy, prompt(1500, f"gone {i}"), patience, max_tokens=2000)
+            ask(stack.proxy, prompt(1500, f"gone {i}"), patience, max_tokens=6000)
     pages_are_free(stack, PAGES)
     tokens = prompt(500, "after")
     assert ask(stack.proxy, tokens) == ask(stack.decoder, tokens)
