@@ -96,6 +96,12 @@ def read(config: Any, metadata: Any) -> PdConfig:
             f"pd_buffer_size: {config.pd_buffer_size} bytes hold no chunk: one of {config.chunk_size} tokens has {page} bytes here. "
             "Enlarge it, or lower chunk_size"
         )
+    longest = int(getattr(config, "pd_max_prefill_len", 0) or 0)
+    if longest > pages * config.chunk_size:
+        raise ValueError(
+            f"pd_max_prefill_len: {longest} tokens, but pd_buffer_size holds {pages * config.chunk_size} ({pages} chunks of "
+            f"{config.chunk_size}): enlarge it to {-(-longest // config.chunk_size) * page} bytes"
+        )
     listen = receiver = proxy = None
     if role == "receiver":
         if config.pd_peer_host is None or config.pd_peer_init_port is None:
