@@ -1,12 +1,13 @@
 """What a hand-over between two vLLM servers says, and which bytes it moves."""
 
+import dataclasses
 import random
 
 import pytest
 
 from kvxfer.vllm import plan
 
-HANDOVER = plan.Handover("cmpl-1", "engine", (3, 4, 9), 40, ("tcp://10.0.0.1:7100", "tcp://10.0.0.1:7101"))
+HANDOVER = plan.Handover("cmpl-1", "engine", (3, 4, 9), 40, ("tcp://10.0.0.1:7100", "tcp://10.0.0.1:7101"), "lease-1")
 
 
 def test_parameters_survive_their_way_through_clients():
@@ -22,7 +23,7 @@ def test_parameters_survive_their_way_through_clients():
     [
         {"kvxfer": None},
         {"kvxfer": {"addresses": []}},
-        {"kvxfer": {"addresses": ["10.0.0.1:7100"]}},
+        {"kvxfer": {"addresses": ["10.0.0.1:7100"], "lease": "x"}},
         {"kvxfer": {"addresses": ["tcp://a:1"] * (plan.MAX_RANKS + 1)}},
         {"remote_block_ids": []},
         {"remote_block_ids": [True]},
@@ -76,3 +77,18 @@ def test_the_first_difference_is_said_with_both_values():
     assert plan.difference(ours, dict(ours)) is None
     assert plan.difference(ours, ours | {"block_size": 32}) == "block_size differs: here 16, there 32"
     assert plan.difference(ours, {"dtype": "bfloat16"}) == "block_size differs: here 16, there None"
+
+
+def test_the_proof_stands_for_these_blocks_of_this_hold():
+    others = [{"blocks": (3, 4, 8)}, {"blocks": (4, 3, 9)}, {"tokens": 39}, {"lease": "lease-2"}, {"request": "cmpl-2"}]
+    proofs = {dataclasses.replace(HANDOVER, **change).proof() for change in others}
+    assert len(proofs) == len(others) and HANDOVER.proof() not in proofs
+    assert plan.handover_of(HANDOVER.params()).proof() == HANDOVER.proof()
+    with pytest.raises(ValueError, match=r"kvxfer\.lease"):
+        plan.handover_of(HANDOVER.params() | {"kvxfer": {"addresses": ["tcp://a:1"]}})
+
+
+def test_blocks_that_cannot_hold_the_tokens_are_refused():
+    plan.check_length(HANDOVER, 16)  # 3 blocks of 16 hold 40 tokens
+    with pytest.raises(ValueError, match="remote_block_ids: 3 blocks of 13 tokens do not hold 40"):
+        plan.check_length(HANDOVER, 13)

@@ -6,6 +6,8 @@ before it uses it. The names are those of vLLM's own connectors, what is kvxfer'
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,13 @@ class Handover:
     """Tokens whose keys and values are in them."""
     addresses: tuple[str, ...]
     """Where each tensor-parallel rank's worker listens, `tcp://host:port`."""
+    lease: str
+    """New for each hold: a name that comes again is another one."""
+
+    def proof(self) -> str:
+        """What a decoder shows to have read these blocks of this hold, and no others."""
+        text = json.dumps([self.request, self.lease, self.tokens, list(self.blocks)])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def params(self) -> dict[str, Any]:
         """As `kv_transfer_params` for the decoder."""
@@ -42,7 +51,7 @@ class Handover:
             "remote_host": host,
             "remote_port": int(port),
             "tp_size": len(self.addresses),
-            "kvxfer": {"addresses": list(self.addresses)},
+            "kvxfer": {"addresses": list(self.addresses), "lease": self.lease},
         }
 
 
@@ -67,7 +76,10 @@ def handover_of(params: Mapping[str, Any]) -> Handover:
         if not isinstance(name, str) or not 0 < len(name) <= MAX_ID:
             raise ValueError(f"{key}: {_short(name)} is no name")
         names.append(name)
-    return Handover(names[0], names[1], tuple(blocks), tokens, tuple(addresses))
+    lease = ours.get("lease") if isinstance(ours, Mapping) else None
+    if not isinstance(lease, str) or not 0 < len(lease) <= MAX_ID:
+        raise ValueError(f"kvxfer.lease: {_short(lease)} is no lease")
+    return Handover(names[0], names[1], tuple(blocks), tokens, tuple(addresses), lease)
 
 
 def _is_list(value: Any, kind: type, most: int) -> bool:
@@ -81,6 +93,14 @@ def _is_list(value: Any, kind: type, most: int) -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_length(handover: Handover, block_size: int) -> None:
+    """`ValueError` where the blocks cannot hold the tokens that they are said to: what is missing would pass as loaded."""
+    if len(handover.blocks) * block_size < handover.tokens:
+        raise ValueError(
+            f"remote_block_ids: {len(handover.blocks)} blocks of {block_size} tokens do not hold {handover.tokens} (remote_num_tokens)"
+        )
 
 
 def pairs(local: Sequence[int], computed: int, remote: Sequence[int]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from vllm.logger import init_logger
@@ -71,16 +72,19 @@ class Scheduler:
         blocks = tuple(block_ids[: -(-tokens // self._block_size)])
         if not blocks:
             return False, None
-        self._work.hold[request.request_id] = self._hold
-        return True, plan.Handover(request.request_id, self._engine, blocks, tokens, self._addresses).params()
+        lease = uuid.uuid4().hex
+        handover = plan.Handover(request.request_id, self._engine, blocks, tokens, self._addresses, lease)
+        self._work.hold[request.request_id] = (self._hold, handover.proof())
+        return True, handover.params()
 
-    @staticmethod
-    def _handover(request: Any) -> plan.Handover | None:
+    def _handover(self, request: Any) -> plan.Handover | None:
         params = request.kv_transfer_params
         if not params or not params.get("do_remote_prefill"):
             return None
         try:
-            return plan.handover_of(params)
+            handover = plan.handover_of(params)
+            plan.check_length(handover, self._block_size)
+            return handover
         except ValueError as e:
             logger.warning("kvxfer: request %s: it is computed here: %s", request.request_id, e)
             params["do_remote_prefill"] = False

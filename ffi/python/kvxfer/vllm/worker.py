@@ -57,8 +57,8 @@ class Work:
     """What the scheduler asks of the workers in a step."""
 
     loads: list[Load] = field(default_factory=list)
-    hold: dict[str, float] = field(default_factory=dict)
-    """Requests whose blocks stay for a decoder: for how many seconds at most."""
+    hold: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """Requests whose blocks stay for a decoder: for how many seconds at most, and what shows that they were read."""
     drop: list[plan.Handover] = field(default_factory=list)
     """Hand-overs that this decoder does not need (any more)."""
 
@@ -90,7 +90,8 @@ class Worker:
         self._description: dict[str, Any] = {}
         self._described: Region | None = None
         # Held for decoders, until when; decoders' questions that came before the scheduler's word; what is over.
-        self._held: dict[str, float] = {}
+        self._held: dict[str, tuple[float, str]] = {}
+        # By proof, as is what is over: a name may come again.
         self._early: dict[str, tuple[str, int, bool, float]] = {}
         self._over: dict[str, float] = {}
         self._sent: set[str] = set()
@@ -135,14 +136,14 @@ class Worker:
         now = time.monotonic()
         answers = []
         with self._lock:
-            for request, seconds in work.hold.items():
-                early = self._early.pop(request, None)
+            for request, (seconds, proof) in work.hold.items():
+                early = self._early.pop(proof, None)
                 if early is None:
-                    self._held[request] = now + seconds
+                    self._held[request] = (now + seconds, proof)
                 else:
                     peer, number, wants_answer, _ = early
                     self._sent.add(request)
-                    self._over[request] = now
+                    self._over[proof] = now
                     answers.append((peer, number, wants_answer))
         for peer, number, wants_answer in answers:
             if wants_answer:
@@ -178,9 +179,9 @@ class Worker:
             for report in reports:
                 if isinstance(report, KvxferError):
                     raise report
-            if not self._was_held(remote.peer, load.handover.request):
+            if not self._was_held(remote.peer, load.handover):
                 raise LookupError(
-                    f"the prefiller did not hold the blocks of {load.handover.request} until they had been read: they came too late, or it was restarted"
+                    f"the prefiller did not hold these blocks for {load.handover.request} until they had been read: too late, restarted, or not its blocks"
                 )
         except Exception as e:
             logger.error("kvxfer: request %s: its cache was not loaded, it is computed here: %s", load.request, e)
@@ -204,17 +205,17 @@ class Worker:
 
     def _drop(self, handover: plan.Handover, rank: int) -> None:
         try:
-            self._reach(handover, rank).peer.notify(_message("drop", handover.request, 0))
+            self._reach(handover, rank).peer.notify(_message("drop", handover, 0))
         except Exception as e:
             # The prefiller's own deadline gives the blocks back.
             logger.debug("kvxfer: the prefiller of %s was not told that its blocks are not needed: %s", handover.request, e)
 
-    def _was_held(self, peer: Peer, request: str) -> bool:
+    def _was_held(self, peer: Peer, handover: plan.Handover) -> bool:
         number, answer = next(self._numbers), _Answer()
         with self._lock:
             self._answers[number] = answer
         try:
-            peer.notify(_message("done", request, number))
+            peer.notify(_message("done", handover, number))
             deadline = time.monotonic() + _HEAR_S + self._read_timeout
             while not answer.came.wait(_TICK_S):
                 if time.monotonic() > deadline or not peer.is_up:
@@ -273,7 +274,7 @@ class Worker:
         if said is None:
             logger.warning("kvxfer: a notification of %s that is none of a vLLM connector's", peer)
             return
-        what, request, number = said
+        what, request, number, proof = said
         if what in ("held", "gone"):
             with self._lock:
                 answer = self._answers.get(number)
@@ -283,25 +284,27 @@ class Worker:
             return
         now, held = time.monotonic(), None
         with self._lock:
-            if self._held.pop(request, None) is not None:
+            if self._held.get(request, (0.0, None))[1] == proof:
+                del self._held[request]
                 self._sent.add(request)
-                self._over[request] = now
+                self._over[proof] = now
                 held = True
-            elif request in self._over:
+            elif proof in self._over or request in self._held:
+                # Too late, or other blocks than those that are held: whoever is meant by them still has the hold.
                 held = False
             else:
-                self._early[request] = (peer, number, what == "done", now + _HEAR_S)
+                self._early[proof] = (peer, number, what == "done", now + _HEAR_S)
         if held is not None and what == "done":
             self._reply(peer, number, held)
 
     def _tick(self) -> None:
         now = time.monotonic()
         with self._lock:
-            late = [request for request, until in self._held.items() if until < now]
+            late = [request for request, (until, _) in self._held.items() if until < now]
             for request in late:
-                del self._held[request]
+                _, proof = self._held.pop(request)
                 self._sent.add(request)
-                self._over[request] = now
+                self._over[proof] = now
             unheard = [(request, *early[:3]) for request, early in self._early.items() if early[3] < now]
             for request, *_ in unheard:
                 del self._early[request]
@@ -315,7 +318,7 @@ class Worker:
 
     def _reply(self, peer: str, number: int, held: bool) -> None:
         try:
-            self._agent.peer(peer).notify(_message("held" if held else "gone", "", number))
+            self._agent.peer(peer).notify(json.dumps(["held" if held else "gone", "", number, ""]).encode())
         except KvxferError as e:
             logger.warning("kvxfer: %s was not told whether its blocks were held: %s", peer, e)
 
@@ -341,20 +344,22 @@ def _ended(transfer: Any) -> Any:
         return e
 
 
-def _message(what: str, request: str, number: int) -> bytes:
-    return json.dumps([what, request, number]).encode()
+def _message(what: str, handover: plan.Handover, number: int) -> bytes:
+    return json.dumps([what, handover.request, number, handover.proof()]).encode()
 
 
-def _parsed(payload: bytes) -> tuple[str, str, int] | None:
+def _parsed(payload: bytes) -> tuple[str, str, int, str] | None:
     if len(payload) > _MAX_MESSAGE:
         return None
     try:
-        what, request, number = json.loads(payload)
+        what, request, number, proof = json.loads(payload)
     except (ValueError, TypeError):
         return None
     if what not in ("done", "drop", "held", "gone") or not isinstance(request, str) or not isinstance(number, int):
         return None
-    return what, request, number
+    if not isinstance(proof, str):
+        return None
+    return what, request, number, proof
 
 
 def settings_of(extra: Mapping[str, Any]) -> tuple[dict[str, Any], str, int, float, float]:
