@@ -122,6 +122,7 @@ impl Transport for Panics {
             verifies_arrival: false,
             fuses_digest: false,
             needs_poll: false,
+            device_memory: false,
             default_integrity: Integrity::Off,
         }
     }

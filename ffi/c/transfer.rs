@@ -123,6 +123,7 @@ unsafe fn options(options: *const kvxfer_transfer_options_t) -> Result<TransferO
             notify: (!o.notify.is_null()).then(|| payload.to_vec()),
             integrity: integrity("options.integrity", o.integrity)?,
             transport: transport("options.transport", o.transport)?,
+            after: None,
         })
     }
 }

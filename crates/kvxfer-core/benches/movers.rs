@@ -74,6 +74,7 @@ fn job(local: &Arc<Memory>, remote: RemoteKey, op: Op, pieces: &Arc<[Piece]>, in
         remote,
         pieces: Arc::clone(pieces),
         integrity,
+        after: None,
         digest: None,
         tracker: Arc::new(Tracker::new(pieces.len())),
     }

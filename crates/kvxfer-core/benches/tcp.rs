@@ -285,6 +285,7 @@ fn job(
         remote,
         pieces,
         integrity,
+        after: None,
         digest: None,
         tracker: tracker.clone(),
     }

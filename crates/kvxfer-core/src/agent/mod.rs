@@ -18,6 +18,7 @@ mod conn;
 mod connect;
 mod doors;
 mod entry;
+mod held;
 pub(crate) mod host;
 mod identity;
 mod inbox;
@@ -96,6 +97,8 @@ pub struct TransferOptions {
     pub integrity: Option<Integrity>,
     /// Only this transport; default: the peer's best that reaches both regions.
     pub transport: Option<TransportKind>,
+    /// Nothing is read or written before this point of the caller's stream: for memory that a GPU is still producing.
+    pub after: Option<crate::cuda::Fence>,
 }
 
 /// A notification that arrived. Those of one peer come in the order they were sent.

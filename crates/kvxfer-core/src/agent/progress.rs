@@ -286,7 +286,7 @@ impl Progress {
         if !wanted && self.polling_since.is_none() {
             return next;
         }
-        let mut busy = false;
+        let mut busy = self.inner.held.drive();
         for slot in self.inner.slots.iter().filter(|s| s.caps.needs_poll) {
             busy |= slot.transport.poll();
         }
@@ -543,6 +543,7 @@ impl Progress {
                 peer.let_go();
             }
         }
+        self.inner.held.close();
         for slot in &self.inner.slots {
             slot.transport.shutdown();
         }

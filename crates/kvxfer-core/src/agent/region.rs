@@ -28,7 +28,12 @@ impl RegionInner {
         let id = RegionId(agent.id());
         let mut region = Self { agent: agent.clone(), id, memory, usable: Vec::new(), refused: Vec::new() };
         for slot in &agent.slots {
-            match slot.transport.register(id, &region.memory) {
+            let registered = if region.memory.is_device() && !slot.caps.device_memory {
+                Err(Error::failed(ErrorCode::Unsupported, "moves host memory only, this is a GPU's"))
+            } else {
+                slot.transport.register(id, &region.memory)
+            };
+            match registered {
                 Ok(()) => region.usable.push(slot.kind),
                 Err(e) => {
                     tracing::debug!(transport = %slot.kind, region = %id, error = %e, "not registered");

@@ -1,6 +1,7 @@
 //! What all parts of one agent share.
 
 use super::address::Listener;
+use super::held::Held;
 use super::host::Host;
 use super::identity;
 use super::inbox::{Inbox, Mailbox};
@@ -77,6 +78,8 @@ pub(crate) struct Inner {
     /// Handshakes under way that we started, with the peer's name once it is known.
     pub(crate) outgoing: Mutex<HashMap<u64, Option<AgentName>>>,
     pub(crate) hosts: RwLock<Vec<Weak<dyn Host>>>,
+    /// Jobs that wait for their producer's stream.
+    pub(crate) held: Held,
     pub(crate) closed: AtomicBool,
     pub(crate) ended: Mutex<Option<Result<()>>>,
     pub(crate) end: Condvar,
@@ -123,6 +126,7 @@ impl Inner {
             sessions: Mutex::default(),
             outgoing: Mutex::default(),
             hosts: RwLock::default(),
+            held: Held::default(),
             closed: AtomicBool::new(false),
             ended: Mutex::new(None),
             end: Condvar::new(),

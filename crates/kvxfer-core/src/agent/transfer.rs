@@ -145,7 +145,9 @@ pub(crate) fn submit(
     tracker.register(&agent.end_event);
     let integrity = options.integrity.or(agent.config.integrity).unwrap_or(path.caps.default_integrity);
     tracing::trace!(peer = %peer.inner.info.name, transfer = %id, transport = %path.candidate.kind, bytes = total, "submit");
-    path.link.submit(Job {
+    let after = options.after;
+    let held = after.clone().filter(|f| !path.caps.device_memory && !matches!(f.is_done(), Ok(true)));
+    let job = Job {
         transfer: id,
         op,
         local_region: local.id,
@@ -153,12 +155,18 @@ pub(crate) fn submit(
         remote: key,
         pieces: pieces.into(),
         integrity,
+        after,
         digest: digest.filter(|_| path.caps.fuses_digest),
         tracker: tracker.clone(),
-    })?;
+    };
+    let polled = path.caps.needs_poll || held.is_some();
+    match held {
+        Some(fence) => agent.held.hold(fence, path.link.clone(), job),
+        None => path.link.submit(job)?,
+    }
     if !tracker.is_finished() {
         agent.reactor.add_deadline(Instant::now() + timeout, id, &tracker, &path.link, &peer.inner);
-        if path.caps.needs_poll && !agent.reactor.poll_wanted.swap(true, Ordering::AcqRel) {
+        if polled && !agent.reactor.poll_wanted.swap(true, Ordering::AcqRel) {
             agent.reactor.wake();
         }
     }
@@ -222,8 +230,10 @@ pub(crate) fn pick<'p>(
         .keys
         .iter()
         .map(|(i, key)| (&peer.paths[*i], *key))
-        .find(|(p, _)| {
-            only.is_none_or(|k| k == p.candidate.kind) && local.usable.contains(&p.candidate.kind)
+        .find(|(p, key)| {
+            only.is_none_or(|k| k == p.candidate.kind)
+                && local.usable.contains(&p.candidate.kind)
+                && p.link.carries(&local.memory, *key)
         })
         .ok_or_else(|| {
             let reach: Vec<_> = remote.keys.iter().map(|(i, _)| peer.paths[*i].candidate.kind.as_str()).collect();

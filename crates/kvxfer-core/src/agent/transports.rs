@@ -60,6 +60,8 @@ fn built_in(config: &AgentConfig, kind: TransportKind, mover: &Arc<Mover>) -> Re
         TransportKind::Shm => Ok(ShmTransport::new(config, mover)?),
         TransportKind::Cma => Ok(CmaTransport::new(config, mover)?),
         TransportKind::Tcp => Ok(Arc::new(TcpTransport::new(&config.tcp, config.peer_timeout)?)),
+        #[cfg(feature = "cuda")]
+        TransportKind::CudaIpc => Ok(crate::transport::cuda_ipc::CudaIpcTransport::new()?),
         other => Err(Error::failed(ErrorCode::NotAvailable, format!("{other} is not part of this build"))),
     }
 }

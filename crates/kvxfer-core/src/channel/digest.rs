@@ -4,7 +4,7 @@
 //! copied out first, and whole segments go through the kernels that also hash while copying.
 
 use crate::{Memory, Result, copy};
-use kvxfer_proto::integrity::Binding;
+use kvxfer_proto::integrity::{self, Binding};
 
 /// A chunk's bytes: runs of one memory, concatenated.
 pub(super) struct Bytes<'a> {
@@ -15,6 +15,26 @@ pub(super) struct Bytes<'a> {
 impl Bytes<'_> {
     /// Digest at level `bound`.
     pub(super) fn bound(&self, binding: &Binding) -> Result<u64> {
+        if self.memory.is_device() {
+            // One visit to the device for all lines.
+            let mut lines = Vec::new();
+            let mut cursor = Cursor::new(self);
+            for (offset, len) in binding.lines() {
+                cursor.parts(offset, len, |start, n| {
+                    lines.push((start, n as u64));
+                    Ok(())
+                })?;
+            }
+            let mut bytes = vec![0; lines.iter().map(|l| l.1 as usize).sum()];
+            self.memory.read_runs(&lines, &mut bytes)?;
+            let mut rest = bytes.as_slice();
+            return binding.bound(|_, out| {
+                let (now, later) = rest.split_at(out.len());
+                out.copy_from_slice(now);
+                rest = later;
+                Ok(())
+            });
+        }
         let mut cursor = Cursor::new(self);
         binding.bound(|offset, out| cursor.read(offset, out))
     }
@@ -36,7 +56,30 @@ impl Bytes<'_> {
                 limit: binding.len - left,
             });
         }
+        if self.memory.is_device() {
+            return Ok(binding.full(self.hashes_by_way_of_the_host(&runs, binding.len)?));
+        }
         Ok(binding.full(copy::segment_hashes(self.memory, &runs)?))
+    }
+
+    /// Hashes of a chunk on a device, which is read a few segments at a time.
+    fn hashes_by_way_of_the_host(&self, runs: &[(u64, u64)], len: u64) -> Result<Vec<u64>> {
+        const STEP: u64 = 16 * integrity::SEGMENT;
+        let whole = Bytes { memory: self.memory, runs };
+        let mut cursor = Cursor::new(&whole);
+        let mut host = vec![0; len.min(STEP) as usize];
+        let mut hashes = Vec::new();
+        for at in (0..len).step_by(STEP as usize) {
+            let now = &mut host[..(len - at).min(STEP) as usize];
+            let mut parts = Vec::new();
+            cursor.parts(at, now.len(), |start, n| {
+                parts.push((start, n as u64));
+                Ok(())
+            })?;
+            self.memory.read_runs(&parts, now)?;
+            hashes.extend(now.chunks(integrity::SEGMENT as usize).map(integrity::segment_hash));
+        }
+        Ok(hashes)
     }
 }
 
@@ -53,9 +96,24 @@ impl<'a> Cursor<'a> {
         Self { memory: bytes.memory, runs: bytes.runs, base: 0 }
     }
 
-    fn read(&mut self, mut offset: u64, mut out: &mut [u8]) -> Result<()> {
+    fn read(&mut self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let (memory, mut at) = (self.memory, 0);
+        self.parts(offset, out.len(), |start, n| {
+            memory.read_at(start, &mut out[at..at + n])?;
+            at += n;
+            Ok(())
+        })
+    }
+
+    /// Where `len` bytes of the chunk lie in the memory: offset and length of each part, in order.
+    fn parts(
+        &mut self,
+        mut offset: u64,
+        mut left: usize,
+        mut part: impl FnMut(u64, usize) -> Result<()>,
+    ) -> Result<()> {
         while let Some(&(start, len)) = self.runs.first()
-            && !out.is_empty()
+            && left > 0
         {
             if offset >= self.base + len {
                 self.base += len;
@@ -63,19 +121,18 @@ impl<'a> Cursor<'a> {
                 continue;
             }
             let within = offset - self.base;
-            let n = out.len().min((len - within) as usize);
-            let (now, rest) = out.split_at_mut(n);
-            self.memory.read_at(start + within, now)?;
-            out = rest;
+            let n = left.min((len - within) as usize);
+            part(start + within, n)?;
+            left -= n;
             offset += n as u64;
         }
-        if out.is_empty() {
+        if left == 0 {
             return Ok(());
         }
         Err(crate::Error::OutOfRange {
             what: "the chunk's source".into(),
             offset,
-            len: out.len() as u64,
+            len: left as u64,
             limit: self.base,
         })
     }
@@ -84,7 +141,7 @@ impl<'a> Cursor<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvxfer_proto::integrity::{self, SEGMENT};
+    use kvxfer_proto::integrity::SEGMENT;
     use kvxfer_proto::{ChunkKey, Generation, PageIndex, RequestId};
 
     #[test]

@@ -1,8 +1,9 @@
 //! What drives the receiver's machine.
 //!
 //! It is called by the agent's progress thread (messages, peers, time), by the verifier thread (ends of checks) and by the
-//! engine (lookups, pins). A check at level `bound` reads 4 KiB and is made where it is asked for; one at level `full` reads
-//! the whole chunk and is made on the verifier thread, while the next chunk is under way.
+//! engine (lookups, pins). A check at level `bound` of host memory reads 4 KiB and is made where it is asked for; one at level `full`
+//! reads the whole chunk, one of device memory waits for the device: both are made on the verifier thread, while the next chunk is
+//! under way.
 
 use super::anchor::Anchor;
 use super::digest::Bytes;
@@ -260,13 +261,20 @@ impl Pool {
     fn verify(&self, state: &mut State, verify: Verify) {
         let runs = [(self.offset(verify.binding.page), verify.binding.len)];
         match verify.check {
-            Check::Full(digest) => {
+            Check::Full(digest) | Check::Bound(digest)
+                if self.region.memory().is_device() || matches!(verify.check, Check::Full(_)) =>
+            {
+                let sampled = matches!(verify.check, Check::Bound(_));
                 let memory = self.region.memory().clone();
                 let (me, token) = (self.me.clone(), verify.token);
                 let job = move || {
-                    let good = Bytes { memory: &memory, runs: &runs }
-                        .full(&verify.binding)
-                        .is_ok_and(|d| d == digest);
+                    let bytes = Bytes { memory: &memory, runs: &runs };
+                    let found =
+                        if sampled { bytes.bound(&verify.binding) } else { bytes.full(&verify.binding) };
+                    if let Err(e) = &found {
+                        tracing::warn!(error = %e, "a chunk's bytes cannot be read back");
+                    }
+                    let good = found.is_ok_and(|d| d == digest);
                     drop(memory);
                     if let Some(pool) = me.upgrade() {
                         pool.with(|m| m.verified(host::now(), token, good));
@@ -278,7 +286,7 @@ impl Pool {
                     state.machine.verified(host::now(), token, false);
                 }
             }
-            Check::Bound(digest) => {
+            Check::Bound(digest) | Check::Full(digest) => {
                 let bytes = Bytes { memory: self.region.memory(), runs: &runs };
                 let good = bytes.bound(&verify.binding).is_ok_and(|d| d == digest);
                 state.machine.verified(host::now(), verify.token, good);

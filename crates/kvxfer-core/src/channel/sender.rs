@@ -61,12 +61,14 @@ pub struct ChunkSource {
     pub runs: Vec<(u64, u64)>,
     /// Dropped when nothing reads the bytes any more: the chunk is published, or its request has ended and its transfer too.
     pub keep: Option<Arc<dyn std::any::Any + Send + Sync>>,
+    /// The bytes are complete at this point of the caller's stream; they are not read before.
+    pub after: Option<crate::cuda::Fence>,
 }
 
 impl ChunkSource {
     /// Runs of a region, with nothing to keep.
     pub fn new(region: Region, runs: Vec<(u64, u64)>) -> Self {
-        Self { region, runs, keep: None }
+        Self { region, runs, keep: None, after: None }
     }
 }
 

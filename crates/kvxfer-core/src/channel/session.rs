@@ -482,16 +482,17 @@ impl Session {
         })?;
         let level = self.integrity.unwrap_or(level.max(caps.default_integrity));
         let base = layout.offset(write.page).unwrap_or(0);
-        let (how, on_the_way) = choose(level, caps, base, binding.len);
+        let (how, on_the_way) = choose(level, caps, source.region.memory().is_device(), base, binding.len);
         let digests = if let How::Fused(d) = &how { Some(d.clone()) } else { None };
         let job = Arc::new(WriteJob { session: self, write, binding, source, how, parts: Mutex::default() });
-        if matches!(job.how, How::Hashed) {
+        if matches!(job.how, How::Hashed | How::Sampled) {
             let hashing = job.clone();
             job.session.hasher.run(move || WriteJob::hash(hashing))?;
         }
         let options = TransferOptions {
             timeout: Some(deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))),
             integrity: Some(on_the_way),
+            after: job.source.after.clone(),
             ..TransferOptions::default()
         };
         let submitted =

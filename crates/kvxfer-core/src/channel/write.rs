@@ -39,15 +39,26 @@ pub(super) enum How {
     Fused(Arc<SegmentDigests>),
     /// The hashing thread's, while the bytes are moved.
     Hashed,
+    /// Sampled lines of a source on a device: the hashing thread waits for the device, nobody else does.
+    Sampled,
 }
 
 /// How a level is kept on a transport, and at which level the transport itself works.
-pub(super) fn choose(level: Integrity, caps: Capabilities, base: u64, len: u64) -> (How, Integrity) {
+pub(super) fn choose(
+    level: Integrity,
+    caps: Capabilities,
+    device: bool,
+    base: u64,
+    len: u64,
+) -> (How, Integrity) {
     match level {
         Integrity::Off => (How::None, Integrity::Off),
+        Integrity::Bound if device => (How::Sampled, Integrity::Bound),
         Integrity::Bound => (How::Bound, Integrity::Bound),
         // Every byte is checked as it arrives: what is left to check is that it is the right chunk.
-        Integrity::Full if caps.verifies_arrival => (How::Bound, Integrity::Full),
+        Integrity::Full if caps.verifies_arrival => {
+            (if device { How::Sampled } else { How::Bound }, Integrity::Full)
+        }
         Integrity::Full if caps.fuses_digest => {
             let hashes = (0..segment_count(len)).map(|_| AtomicU64::new(0)).collect();
             (How::Fused(Arc::new(SegmentDigests { base, len, hashes })), Integrity::Bound)
@@ -65,7 +76,7 @@ impl WriteJob {
         };
         let bytes = || Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
         let digest = match &job.how {
-            How::Hashed => None,
+            How::Hashed | How::Sampled => None,
             _ if result.is_err() => None,
             How::None => Some(Ok(0)),
             How::Bound => Some(bytes().bound(&job.binding)),
@@ -86,7 +97,12 @@ impl WriteJob {
     /// Runs on the hashing thread.
     pub(super) fn hash(job: Arc<Self>) {
         let bytes = Bytes { memory: job.source.region.memory(), runs: &job.source.runs };
-        let digest = bytes.full(&job.binding).map_err(|e| failed(e.code(), e.to_string()));
+        let ready = job.source.after.as_ref().map_or(Ok(()), crate::cuda::Fence::wait);
+        let digest = ready.and_then(|()| match job.how {
+            How::Sampled => bytes.bound(&job.binding),
+            _ => bytes.full(&job.binding),
+        });
+        let digest = digest.map_err(|e| failed(e.code(), e.to_string()));
         job.parts.lock().digest = Some(digest);
         job.end_if_complete();
         job.let_go();
@@ -100,7 +116,7 @@ impl WriteJob {
                 _ if parts.over => return,
                 (Some(Ok(())), Some(Ok(digest))) => Ok(match self.how {
                     How::None => Check::None,
-                    How::Bound => Check::Bound(*digest),
+                    How::Bound | How::Sampled => Check::Bound(*digest),
                     How::Fused(_) | How::Hashed => Check::Full(*digest),
                 }),
                 (Some(Err(f)), _) | (Some(Ok(())), Some(Err(f))) => Err(f.clone()),

@@ -43,6 +43,7 @@ fn job(op: Op, local: &Arc<Memory>, pieces: Vec<Piece>, integrity: Integrity) ->
         tracker: Arc::new(Tracker::new(pieces.len())),
         pieces: pieces.into(),
         integrity,
+        after: None,
         digest: None,
     }
 }

@@ -1,4 +1,4 @@
-//! Memory that can be registered: shared (memfd), anonymous and foreign host memory.
+//! Memory that can be registered: shared (memfd), anonymous and foreign host memory, and device memory.
 //!
 //! A [`Memory`] is a range of bytes that other processes may read and write while it is registered, so it is
 //! never lent as a plain Rust slice by a safe function: safe access copies in or out.
@@ -11,16 +11,18 @@
 //! `fork` keeps working: shared pools stay shared with the child, anonymous memory becomes copy-on-write. No
 //! `MADV_DONTFORK` is set, because a child that only reads is legitimate; a child must not submit transfers.
 
+mod device;
 mod limits;
 mod shared;
 
+use crate::cuda::{Block, Pin};
 use crate::{Error, Result};
 use parking_lot::Mutex;
 use rustix::mm::{MapFlags, ProtFlags};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 /// Where memory came from; decides which transports can reach it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +34,10 @@ pub enum MemoryKind {
     Anonymous,
     /// Memory owned by somebody else in this process (a torch tensor, say).
     Foreign,
+    /// A GPU's memory, allocated here.
+    Device,
+    /// A GPU's memory, owned by somebody else in this process.
+    ForeignDevice,
 }
 
 /// Whether a memfd pool uses huge pages.
@@ -58,7 +64,7 @@ pub enum Paging {
     Explicit,
 }
 
-/// A range of host memory, mapped for as long as this value lives.
+/// A range of host or device memory, mapped for as long as this value lives.
 #[derive(Debug)]
 pub struct Memory {
     base: NonNull<u8>,
@@ -66,7 +72,11 @@ pub struct Memory {
     kind: MemoryKind,
     paging: Paging,
     fd: Option<OwnedFd>,
-    /// `None` for foreign memory.
+    /// Registered with the CUDA driver. Dropped before the mapping it is about.
+    pin: OnceLock<Pin>,
+    /// `Some` for device memory, which the host cannot touch.
+    block: Option<Block>,
+    /// `None` for foreign and for device memory.
     mapping: Option<Mapping>,
 }
 
@@ -88,6 +98,8 @@ impl Memory {
             kind: MemoryKind::Memfd,
             paging: pool.paging,
             fd: Some(pool.fd),
+            pin: OnceLock::new(),
+            block: None,
             mapping: Some(pool.mapping),
         });
         let mut known = SHARED.lock();
@@ -114,6 +126,8 @@ impl Memory {
             kind: MemoryKind::Memfd,
             paging: pool.paging,
             fd: Some(pool.fd),
+            pin: OnceLock::new(),
+            block: None,
             mapping: Some(pool.mapping),
         });
         shared::populate_beside(&memory);
@@ -144,6 +158,8 @@ impl Memory {
             kind: MemoryKind::Anonymous,
             paging: Paging::Base,
             fd: None,
+            pin: OnceLock::new(),
+            block: None,
             mapping: Some(mapping),
         }))
     }
@@ -172,6 +188,8 @@ impl Memory {
             kind: MemoryKind::Foreign,
             paging: Paging::Base,
             fd: None,
+            pin: OnceLock::new(),
+            block: None,
             mapping: None,
         }))
     }
@@ -192,7 +210,8 @@ impl Memory {
     pub fn paging(&self) -> Paging {
         self.paging
     }
-    /// First byte. Valid for [`Memory::len`] bytes while `self` lives.
+    /// First byte. Valid for [`Memory::len`] bytes while `self` lives; for device memory an address that only the device's
+    /// copies and kernels can use.
     pub fn as_ptr(&self) -> *mut u8 {
         self.base.as_ptr()
     }
@@ -201,18 +220,43 @@ impl Memory {
         self.fd.as_ref().map(AsFd::as_fd)
     }
 
-    /// Copies `out.len()` bytes from `offset` on; range-checked.
+    /// Copies `out.len()` bytes from `offset` on; range-checked. Device memory: waits for the device.
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let from = self.range(offset, out.len() as u64)?;
+        if let Some(block) = &self.block {
+            return block.read(offset, out);
+        }
         // SAFETY: `range` checked that `out.len()` bytes from `offset` lie inside this mapping, which `self` keeps
         // alive. `copy` allows overlap, should `out` lie in foreign memory against its owner's promise.
         unsafe { std::ptr::copy(from, out.as_mut_ptr(), out.len()) };
         Ok(())
     }
 
-    /// Copies `bytes` to `offset`; range-checked.
+    /// Copies the bytes of all `runs` (offset and length) one after the other; they fill `out` exactly. Device memory: one visit
+    /// to the device for all of them.
+    pub(crate) fn read_runs(&self, runs: &[(u64, u64)], out: &mut [u8]) -> Result<()> {
+        debug_assert_eq!(runs.iter().map(|r| r.1).sum::<u64>(), out.len() as u64);
+        for (offset, len) in runs {
+            self.range(*offset, *len)?;
+        }
+        if let Some(block) = &self.block {
+            return block.read_runs(runs, out);
+        }
+        let mut rest = out;
+        for (offset, len) in runs {
+            let (now, later) = rest.split_at_mut(*len as usize);
+            self.read_at(*offset, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` to `offset`; range-checked. Device memory: waits for the device.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         let to = self.range(offset, bytes.len() as u64)?;
+        if let Some(block) = &self.block {
+            return block.write(offset, bytes);
+        }
         // SAFETY: as in `read_at`.
         unsafe { std::ptr::copy(bytes.as_ptr(), to, bytes.len()) };
         Ok(())

@@ -84,6 +84,7 @@ impl Transport for CmaTransport {
             verifies_arrival: false,
             fuses_digest: true,
             needs_poll: false,
+            device_memory: false,
             default_integrity: Integrity::Bound,
         }
     }

@@ -144,6 +144,9 @@ impl Link for FaultLink {
     fn forget(&self, key: RemoteKey) {
         self.shared.inner.forget(key);
     }
+    fn carries(&self, local: &Memory, remote: RemoteKey) -> bool {
+        self.shared.inner.carries(local, remote)
+    }
 
     fn submit(&self, job: Job) -> Result<()> {
         let shared = &self.shared;

@@ -71,6 +71,7 @@ impl Transport for InprocTransport {
             verifies_arrival: false,
             fuses_digest: true,
             needs_poll: false,
+            device_memory: false,
             default_integrity: Integrity::Bound,
         }
     }

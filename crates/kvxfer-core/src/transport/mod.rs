@@ -10,6 +10,8 @@
 //! ends at the next piece or slice boundary.
 
 pub mod cma;
+#[cfg(feature = "cuda")]
+pub mod cuda_ipc;
 pub mod fault;
 pub mod inproc;
 pub mod mover;
@@ -118,6 +120,8 @@ pub struct Capabilities {
     pub fuses_digest: bool,
     /// Needs [`Transport::poll`] while jobs are under way.
     pub needs_poll: bool,
+    /// Takes a GPU's memory; the others move host memory only.
+    pub device_memory: bool,
     /// What is assumed when nothing is configured (Contract line 1).
     pub default_integrity: Integrity,
 }
@@ -195,6 +199,8 @@ pub struct Job {
     pub pieces: Arc<[Piece]>,
     /// Level of checking.
     pub integrity: Integrity,
+    /// Nothing is read or written before this; only where the transport says `device_memory` (the agent waits for the others).
+    pub after: Option<crate::cuda::Fence>,
     /// Where to leave digests of the written bytes, computed while they are hot; only when the transport says `fuses_digest`.
     pub digest: Option<Arc<SegmentDigests>>,
     /// Where outcomes go.
@@ -257,6 +263,10 @@ pub trait Link: Send + Sync + 'static {
     fn import(&self, ticket: RemoteTicket) -> Result<RemoteKey>;
     /// Forgets an imported region; jobs under way keep it alive.
     fn forget(&self, key: RemoteKey);
+    /// Whether this link is for that pair of memories: a transport that reaches both may still be the wrong one.
+    fn carries(&self, _local: &Memory, _remote: RemoteKey) -> bool {
+        true
+    }
     /// Starts a job; never blocks. Errors before anything moved are returned, later ones go to the tracker.
     /// A job that is finished on return has cost no thread switch.
     fn submit(&self, job: Job) -> Result<()>;

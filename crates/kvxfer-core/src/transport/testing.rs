@@ -65,6 +65,7 @@ pub(super) fn job(
         tracker: Arc::new(Tracker::new(pieces.len())),
         pieces: pieces.into(),
         integrity,
+        after: None,
         digest: None,
     }
 }

@@ -135,6 +135,7 @@ impl End {
             remote,
             pieces: pieces.into(),
             integrity: Integrity::Full,
+            after: None,
             digest: None,
             tracker: Arc::new(Tracker::new(pieces.len())),
         }

@@ -47,6 +47,7 @@ fn job(op: Op, local: &Arc<Memory>, remote: RemoteKey, len: u64) -> Job {
         remote,
         pieces: [Piece { local_offset: 0, remote_offset: 0, len }].into(),
         integrity: Integrity::Bound,
+        after: None,
         digest: None,
         tracker: Arc::new(Tracker::new(1)),
     }

@@ -42,6 +42,7 @@ fn job(local: &Arc<Memory>, pieces: &[Piece]) -> Job {
         remote: RemoteKey(1),
         pieces: pieces.into(),
         integrity: Integrity::Off,
+        after: None,
         digest: None,
         tracker: Arc::new(Tracker::new(pieces.len())),
     }

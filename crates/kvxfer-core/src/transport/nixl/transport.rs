@@ -120,6 +120,7 @@ impl Transport for NixlTransport {
             verifies_arrival: false,
             fuses_digest: false,
             needs_poll: true,
+            device_memory: false,
             default_integrity: Integrity::Full,
         }
     }

@@ -191,6 +191,7 @@ mod tests {
                 tracker: Arc::new(Tracker::new(pieces.len())),
                 pieces: pieces.into(),
                 integrity: Integrity::Off,
+                after: None,
                 digest: None,
             },
             Remote { region: RegionId(1), capability: 0, len: u64::MAX },

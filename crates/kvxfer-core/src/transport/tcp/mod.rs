@@ -164,6 +164,7 @@ impl Transport for TcpTransport {
             verifies_arrival: true,
             fuses_digest: false,
             needs_poll: false,
+            device_memory: false,
             default_integrity: Integrity::Full,
         }
     }

@@ -1,0 +1,366 @@
+//! Copies on a device: many pieces in one submission, on streams of our own, with an event at the end.
+
+use super::device::Device;
+use super::driver::{self, check, check_drop};
+use super::kernels::Kernels;
+use super::stream::{Event, Fence, Stream};
+use crate::{Error, Result};
+use cudarc::driver::sys;
+use kvxfer_proto::ErrorCode;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock, Weak};
+
+/// Streams of an engine: a large transfer holds up only the others of its own.
+const STREAMS: usize = 4;
+/// From this many pieces on, of at most [`KERNEL_PIECE`] bytes on average, a kernel copies them: its cost a piece is that of the
+/// bytes, while the copy engines pay for each descriptor.
+const KERNEL_PIECES: usize = 8;
+const KERNEL_PIECE: u64 = 1 << 20;
+/// Longest piece a kernel gets; longer ones are cut, so that its threads are loaded evenly.
+const KERNEL_CUT: u64 = 64 << 10;
+/// Up to this many descriptors the kernel reads them in host memory; more are copied to the device first.
+const DESCRIPTORS_IN_PLACE: usize = 128;
+
+/// One copy between device-visible addresses; the kernel's own structure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Move {
+    pub(crate) src: u64,
+    pub(crate) dst: u64,
+    pub(crate) len: u64,
+}
+
+/// What copies on one device.
+pub(crate) struct Engine {
+    device: Device,
+    streams: Vec<Stream>,
+    next: AtomicUsize,
+    kernels: OnceLock<Result<Kernels>>,
+    idle: Mutex<Idle>,
+}
+
+/// Things that are dear to make, for the next flight.
+#[derive(Default)]
+struct Idle {
+    events: Vec<Event>,
+    scratch: Vec<Scratch>,
+}
+
+/// Copies under way.
+pub(crate) struct Flight {
+    engine: Arc<Engine>,
+    /// Taken when it has ended.
+    event: Option<Event>,
+    scratch: Option<Scratch>,
+}
+
+/// Room for descriptors: pinned host memory, and as much on the device.
+struct Scratch {
+    device: Device,
+    host: *mut u8,
+    far: u64,
+    bytes: usize,
+}
+
+// SAFETY: two addresses and their owner; only the flight that holds it writes there.
+unsafe impl Send for Scratch {}
+
+static ENGINES: LazyLock<Mutex<HashMap<i32, Weak<Engine>>>> = LazyLock::new(Mutex::default);
+
+impl Engine {
+    /// The engine of a device; all agents of a process share it.
+    pub(crate) fn of(device: &Device) -> Result<Arc<Self>> {
+        let mut known = ENGINES.lock();
+        if let Some(engine) = known.get(&device.ordinal()).and_then(Weak::upgrade) {
+            return Ok(engine);
+        }
+        let streams = (0..STREAMS).map(|_| Stream::new(device)).collect::<Result<Vec<_>>>()?;
+        let engine = Arc::new(Self {
+            device: device.clone(),
+            streams,
+            next: AtomicUsize::new(0),
+            kernels: OnceLock::new(),
+            idle: Mutex::default(),
+        });
+        known.insert(device.ordinal(), Arc::downgrade(&engine));
+        Ok(engine)
+    }
+
+    /// A stream for the next transfer; all its flights take the same, so that they are done in order.
+    pub(crate) fn pick(&self) -> usize {
+        self.next.fetch_add(1, Ordering::Relaxed) % STREAMS
+    }
+
+    /// The kernels, loaded at the first call.
+    pub(crate) fn kernels(&self) -> Result<&Kernels> {
+        self.kernels
+            .get_or_init(|| {
+                let kernels = Kernels::load(&self.device);
+                if let Err(e) = &kernels {
+                    tracing::warn!(device = %self.device, error = %e, "no kernels; scattered blocks take the copy engines");
+                }
+                kernels
+            })
+            .as_ref()
+            .map_err(Clone::clone)
+    }
+
+    /// Starts `moves` on stream `stream`, after `fence`. Never waits for the device. `kernel`: whether kernels of this device may touch
+    /// all of the addresses.
+    ///
+    /// # Safety
+    /// Every range must stay valid until the flight has ended.
+    pub(crate) unsafe fn start(
+        self: &Arc<Self>,
+        stream: usize,
+        moves: &[Move],
+        fence: Option<&Fence>,
+        kernel: bool,
+    ) -> Result<Flight> {
+        let stream = &self.streams[stream % STREAMS];
+        if let Some(fence) = fence {
+            stream.wait_for(fence.event())?;
+        }
+        let event = self.idle.lock().events.pop().map_or_else(|| Event::new(&self.device), Ok)?;
+        let mut flight = Flight { engine: self.clone(), event: Some(event), scratch: None };
+        let total: u64 = moves.iter().map(|m| m.len).sum();
+        let few_or_long = moves.len() < KERNEL_PIECES || total / moves.len().max(1) as u64 > KERNEL_PIECE;
+        let started = match (kernel && !few_or_long).then(|| self.kernels()) {
+            Some(Ok(kernels)) => self.by_kernel(kernels, stream, moves, &mut flight),
+            // SAFETY: the caller's promise.
+            _ => unsafe { self.by_copies(stream, moves) },
+        };
+        let recorded = flight.event.as_ref().map_or(Ok(()), |e| e.record(stream));
+        if started.is_ok() && recorded.is_ok() {
+            return Ok(flight);
+        }
+        // Some of it may be under way: nobody must believe the opposite.
+        if let Err(e) = stream.synchronize() {
+            tracing::debug!(error = %e, "after a failed submission");
+        }
+        flight.ended();
+        started.and(recorded).map(|()| flight)
+    }
+
+    /// Brings scattered bytes of the device together in host memory; waits for the device.
+    ///
+    /// # Safety
+    /// Every source range must be valid.
+    pub(crate) unsafe fn collect(self: &Arc<Self>, sources: &[(u64, u64)], out: &mut [u8]) -> Result<()> {
+        let pinned = self.scratch(out.len())?;
+        let mut at = 0;
+        let moves: Vec<_> = sources
+            .iter()
+            .map(|(src, len)| {
+                let dst = pinned.host as u64 + at;
+                at += len;
+                Move { src: *src, dst, len: *len }
+            })
+            .collect();
+        assert_eq!(at as usize, out.len(), "the runs fill the buffer");
+        // SAFETY: the caller's promise for the sources; the target is pinned memory of that size, held until the flight has ended.
+        let mut flight = unsafe { self.start(self.pick(), &moves, None, true) }?;
+        flight.wait()?;
+        // SAFETY: as many bytes were just written there, and nothing writes them any more.
+        out.copy_from_slice(unsafe { std::slice::from_raw_parts(pinned.host, out.len()) });
+        self.idle.lock().scratch.push(pinned);
+        Ok(())
+    }
+
+    unsafe fn by_copies(&self, stream: &Stream, moves: &[Move]) -> Result<()> {
+        let _here = self.device.enter()?;
+        // One call costs more than a few; and the batched call does not take the legacy stream, which ours is not.
+        if moves.len() >= 4 && driver::driver()?.batch {
+            return Self::by_batch(stream, moves);
+        }
+        for m in moves {
+            // SAFETY: the caller's promise.
+            check(format_args!("cuMemcpyAsync of {} bytes", m.len), unsafe {
+                sys::cuMemcpyAsync(m.dst, m.src, m.len as usize, stream.raw())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn by_batch(stream: &Stream, moves: &[Move]) -> Result<()> {
+        let mut dsts: Vec<u64> = moves.iter().map(|m| m.dst).collect();
+        let mut srcs: Vec<u64> = moves.iter().map(|m| m.src).collect();
+        let mut lens: Vec<usize> = moves.iter().map(|m| m.len as usize).collect();
+        let nowhere =
+            sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
+        let mut attributes = sys::CUmemcpyAttributes {
+            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+            srcLocHint: nowhere,
+            dstLocHint: nowhere,
+            flags: 0,
+        };
+        let mut first = 0usize;
+        let mut failed = usize::MAX;
+        // SAFETY: three arrays of the stated length, one set of attributes from index 0 on; the ranges by the promise of `start`.
+        let result = unsafe {
+            sys::cuMemcpyBatchAsync(
+                dsts.as_mut_ptr(),
+                srcs.as_mut_ptr(),
+                lens.as_mut_ptr(),
+                moves.len(),
+                &raw mut attributes,
+                &raw mut first,
+                1,
+                &raw mut failed,
+                stream.raw(),
+            )
+        };
+        check(format_args!("cuMemcpyBatchAsync of {} copies (first bad one: {failed})", moves.len()), result)
+    }
+
+    fn by_kernel(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        moves: &[Move],
+        flight: &mut Flight,
+    ) -> Result<()> {
+        let count: usize = moves.iter().map(|m| m.len.div_ceil(KERNEL_CUT) as usize).sum();
+        let mut scratch = self.scratch(count * size_of::<Move>())?;
+        // SAFETY: pinned memory of at least that size, held by this flight alone, aligned to a page.
+        let cut = unsafe {
+            std::slice::from_raw_parts_mut(scratch.host.cast::<std::ffi::c_void>().cast::<Move>(), count)
+        };
+        let mut at = 0;
+        for m in moves {
+            let mut done = 0;
+            while done < m.len {
+                let len = KERNEL_CUT.min(m.len - done);
+                cut[at] = Move { src: m.src + done, dst: m.dst + done, len };
+                at += 1;
+                done += len;
+            }
+        }
+        let here = self.device.enter()?;
+        let mut descriptors = scratch.host as u64;
+        if count > DESCRIPTORS_IN_PLACE {
+            scratch.put_on_device()?;
+            descriptors = scratch.far;
+            let bytes = count * size_of::<Move>();
+            // SAFETY: both sides belong to the scratch, which the flight keeps until it has ended.
+            let copied = check("cuMemcpyAsync of descriptors", unsafe {
+                sys::cuMemcpyAsync(scratch.far, scratch.host as u64, bytes, stream.raw())
+            });
+            if copied.is_err() {
+                flight.scratch = Some(scratch);
+                return copied;
+            }
+        }
+        drop(here);
+        flight.scratch = Some(scratch);
+        // Wide accesses need both sides alike modulo 16; the kernel sees to each piece by itself.
+        kernels.copy(stream, descriptors, count)
+    }
+
+    fn scratch(&self, bytes: usize) -> Result<Scratch> {
+        let bytes = bytes.next_power_of_two().max(16 << 10);
+        {
+            let mut idle = self.idle.lock();
+            if let Some(i) = idle.scratch.iter().position(|s| s.bytes >= bytes && s.bytes <= 4 * bytes) {
+                return Ok(idle.scratch.swap_remove(i));
+            }
+        }
+        Scratch::new(&self.device, bytes)
+    }
+}
+
+impl Flight {
+    /// Whether it has ended; an error when the device failed (it touches nothing any more then either).
+    pub(crate) fn poll(&mut self) -> Result<bool> {
+        let Some(event) = &self.event else { return Ok(true) };
+        let done = event.is_done();
+        if !matches!(done, Ok(false)) {
+            self.ended();
+        }
+        done
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        let done = self.event.as_ref().map_or(Ok(()), Event::synchronize);
+        self.ended();
+        done
+    }
+
+    fn ended(&mut self) {
+        let mut idle = self.engine.idle.lock();
+        if let Some(event) = self.event.take()
+            && idle.events.len() < 64
+        {
+            idle.events.push(event);
+        }
+        if let Some(scratch) = self.scratch.take()
+            && idle.scratch.len() < 16
+        {
+            idle.scratch.push(scratch);
+        }
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        // Normally it has ended. If not, its descriptors must outlive it.
+        if let Some(event) = self.event.take()
+            && let Err(e) = event.synchronize()
+        {
+            tracing::debug!(error = %e, "a flight was dropped before its end");
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        for stream in &self.streams {
+            if let Err(e) = stream.synchronize() {
+                tracing::debug!(error = %e, "an engine ends");
+            }
+        }
+    }
+}
+
+impl Scratch {
+    fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let _here = device.enter()?;
+        let mut host = std::ptr::null_mut();
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: a context is current; the pointer is to a live pointer.
+        check(format_args!("cuMemHostAlloc of {bytes} bytes"), unsafe {
+            sys::cuMemHostAlloc(&raw mut host, bytes, flags)
+        })?;
+        if host.is_null() {
+            return Err(Error::failed(ErrorCode::Transport, "cuMemHostAlloc gave no memory"));
+        }
+        Ok(Self { device: device.clone(), host: host.cast(), far: 0, bytes })
+    }
+
+    /// Its half on the device, when first wanted. The context is current.
+    fn put_on_device(&mut self) -> Result<()> {
+        if self.far == 0 {
+            // SAFETY: the pointer is to a live integer.
+            check(format_args!("cuMemAlloc of {} bytes", self.bytes), unsafe {
+                sys::cuMemAlloc_v2(&raw mut self.far, self.bytes)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let Ok(_here) = self.device.enter() else { return };
+        // SAFETY: allocated here; whatever read them has ended (the flight waits for it).
+        unsafe {
+            check_drop("cuMemFreeHost", sys::cuMemFreeHost(self.host.cast()));
+            if self.far != 0 {
+                check_drop("cuMemFree", sys::cuMemFree_v2(self.far));
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! The kernels of `kernels/*.cu`, loaded from the PTX that ships with the library.
+
+use super::device::Device;
+use super::driver::{check, check_drop, text};
+use super::stream::Stream;
+use crate::{Error, Result};
+use cudarc::driver::sys;
+use kvxfer_proto::ErrorCode;
+use std::ffi::CString;
+
+/// Loaded kernels of one device.
+pub(crate) struct Kernels {
+    device: Device,
+    module: sys::CUmodule,
+    copy: sys::CUfunction,
+}
+
+// SAFETY: handles that the driver lets any thread use.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// Blocks a multiprocessor holds of it.
+const BLOCKS: u32 = 8;
+
+impl Kernels {
+    pub(crate) fn load(device: &Device) -> Result<Self> {
+        Self::from_ptx(device, "")
+    }
+
+    fn from_ptx(device: &Device, ptx: &str) -> Result<Self> {
+        let _here = device.enter()?;
+        let image = CString::new(ptx)
+            .map_err(|_| Error::failed(ErrorCode::InvalidArgument, "PTX with a zero byte in it"))?;
+        let mut log = vec![0u8; 8 << 10];
+        let mut options = [
+            sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+            sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+        ];
+        let mut values = [log.as_mut_ptr().cast(), log.len() as *mut std::ffi::c_void];
+        let mut module = std::ptr::null_mut();
+        // SAFETY: NUL-terminated text; two options with the values the driver documents for them.
+        let result = unsafe {
+            sys::cuModuleLoadDataEx(
+                &raw mut module,
+                image.as_ptr().cast(),
+                options.len() as u32,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            )
+        };
+        if result != sys::CUresult::CUDA_SUCCESS {
+            let log = String::from_utf8_lossy(log.split(|b| *b == 0).next().unwrap_or_default()).into_owned();
+            return Err(Error::failed(
+                ErrorCode::NotAvailable,
+                format!("the kernels do not load on {device}: {}: {}", text(result), log.trim()),
+            ));
+        }
+        let mut this = Self { device: device.clone(), module, copy: std::ptr::null_mut() };
+        this.copy = this.function("kvx_copy")?;
+        Ok(this)
+    }
+
+    fn function(&self, name: &str) -> Result<sys::CUfunction> {
+        let c_name = CString::new(name)
+            .map_err(|_| Error::failed(ErrorCode::InvalidArgument, "a name with a zero byte in it"))?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module lives, the name is NUL-terminated.
+        check(format_args!("cuModuleGetFunction({name})"), unsafe {
+            sys::cuModuleGetFunction(&raw mut function, self.module, c_name.as_ptr())
+        })?;
+        Ok(function)
+    }
+
+    /// Copies `count` pieces whose descriptors lie at `descriptors`, in device-visible memory.
+    pub(crate) fn copy(&self, stream: &Stream, mut descriptors: u64, count: usize) -> Result<()> {
+        let _here = self.device.enter()?;
+        let mut count32 = count as u32;
+        let mut params = [(&raw mut descriptors).cast(), (&raw mut count32).cast()];
+        let grid = (self.device.processors() * BLOCKS).min(count32.max(1));
+        // SAFETY: two parameters of the kernel's types; the addresses by the promise of `Engine::start`.
+        check(format_args!("launch of kvx_copy for {count} pieces"), unsafe {
+            sys::cuLaunchKernel(
+                self.copy,
+                grid,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                stream.raw(),
+                params.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        })
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        let Ok(_here) = self.device.enter() else { return };
+        // SAFETY: loaded here; the engine waits for its streams before it goes.
+        check_drop("cuModuleUnload", unsafe { sys::cuModuleUnload(self.module) });
+    }
+}
