@@ -174,6 +174,7 @@ pub fn submit(
         remote,
         pieces: pieces.into(),
         integrity,
+        after: None,
         digest: None,
         tracker: tracker.clone(),
     };
