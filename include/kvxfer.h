@@ -160,6 +160,9 @@ typedef struct kvxfer_chunk_t kvxfer_chunk_t;
 // A request whose chunks have all been handed over. Usable from any thread.
 typedef struct kvxfer_delivery_t kvxfer_delivery_t;
 
+// A point in a CUDA stream. Usable from any thread.
+typedef struct kvxfer_fence_t kvxfer_fence_t;
+
 // Chunks that a receiver has, held for reading until they are read or the handle is freed. Usable from any thread.
 typedef struct kvxfer_found_t kvxfer_found_t;
 
@@ -286,6 +289,8 @@ typedef struct kvxfer_transfer_options_t {
   uint32_t integrity;
   // `KVXFER_TRANSPORT_...`; `KVXFER_UNSUPPORTED` when that one does not reach both regions.
   uint32_t transport;
+  // Nothing is read or written before this point of a CUDA stream; NULL: at once.
+  const struct kvxfer_fence_t *after;
 } kvxfer_transfer_options_t;
 
 // How a transfer went. Set `struct_size` before the call.
@@ -539,6 +544,8 @@ typedef struct kvxfer_batch_t {
   uint32_t last;
   // Zero.
   uint32_t reserved;
+  // The chunks' bytes are complete at this point of a CUDA stream; NULL: now.
+  const struct kvxfer_fence_t *after;
 } kvxfer_batch_t;
 
 // What happened. Set `struct_size` before the call.
@@ -802,8 +809,8 @@ kvxfer_result_t kvxfer_region_allocate(struct kvxfer_agent_t *agent,
                                        uint64_t length,
                                        struct kvxfer_region_t **region_out);
 
-// Registers memory of the caller's own, `length` bytes from `base` on, readable and writable. It must stay as
-// it is until `kvxfer_region_free` has answered `KVXFER_OK`; and peers that were allowed to reach it must be
+// Registers memory of the caller's own, `length` bytes from `base` on, readable and writable: host memory, or a GPU's (a
+// `CUdeviceptr` as a pointer, a torch tensor's `data_ptr()`), which is recognised. It must stay as it is until `kvxfer_region_free` has answered `KVXFER_OK`; and peers that were allowed to reach it must be
 // disconnected, or must have ended their transfers, before it goes.
 kvxfer_result_t kvxfer_region_register(struct kvxfer_agent_t *agent,
                                        void *base,
@@ -816,7 +823,23 @@ kvxfer_result_t kvxfer_region_register(struct kvxfer_agent_t *agent,
 // stays, and is to be freed again once the transfer has ended; only after `KVXFER_OK` may the memory go.
 kvxfer_result_t kvxfer_region_free(struct kvxfer_region_t *region);
 
-// First byte and length of the region's memory, valid while the region lives. `length_out` may be NULL.
+// Allocates `length` zeroed bytes on CUDA device `device` (its number among the visible ones) and registers them. With
+// `shareable` 1 they come from the driver's virtual memory management (in pages of 2 MiB), which also reaches peers that no
+// CUDA IPC handle reaches; 0 is the ordinary way. `KVXFER_NOT_AVAILABLE` without a driver or device, `KVXFER_NO_CAPACITY` when
+// the device is full.
+kvxfer_result_t kvxfer_region_allocate_device(struct kvxfer_agent_t *agent,
+                                              int32_t device,
+                                              uint64_t length,
+                                              uint32_t shareable,
+                                              struct kvxfer_region_t **region_out);
+
+// Pins the region's host memory for CUDA devices, so that transfers between it and device memory need no copy in between. Takes
+// about a third of a second a gibibyte; again, or on device memory, it does nothing. Transfers do it themselves at first use: this
+// is for a moment when nobody waits.
+kvxfer_result_t kvxfer_region_pin(struct kvxfer_region_t *region);
+
+// First byte and length of the region's memory, valid while the region lives; of a GPU's memory the address is the device's, which
+// the host cannot touch. `length_out` may be NULL.
 kvxfer_result_t kvxfer_region_memory(const struct kvxfer_region_t *region,
                                      void **base_out,
                                      uint64_t *length_out);
@@ -827,6 +850,20 @@ kvxfer_result_t kvxfer_region_id(const struct kvxfer_region_t *region, uint64_t 
 // Makes the region reachable for every authenticated peer under `name`; `access` is a `KVXFER_ACCESS_...`
 // value.
 kvxfer_result_t kvxfer_region_export(struct kvxfer_region_t *region, const char *name, uint32_t access);
+
+// Marks what `stream` has been given so far; a transfer or chunk that carries the fence is not read or written before that has been
+// done. `stream` is a `CUstream` or `cudaStream_t` of device `device`'s primary context as a number (torch:
+// `stream.cuda_stream`), 0 for its default stream; it must be live. The call does not wait. The fence may be used any
+// number of times and freed as soon as it has been handed over.
+kvxfer_result_t kvxfer_fence_new(int32_t device,
+                                 uint64_t stream,
+                                 struct kvxfer_fence_t **fence_out);
+
+// `KVXFER_OK` once the stream has come past the fence, `KVXFER_IN_PROGRESS` before.
+kvxfer_result_t kvxfer_fence_poll(const struct kvxfer_fence_t *fence);
+
+// Frees the handle. What carries the fence keeps it. NULL is fine.
+kvxfer_result_t kvxfer_fence_free(struct kvxfer_fence_t *fence);
 
 // Connects to a listening agent, `tcp://host:port` or `unix:///path`. A peer that is connected already under
 // the same address and still up is returned as it is, with a handle of its own. `KVXFER_MISMATCH`,
@@ -1123,6 +1160,14 @@ kvxfer_result_t kvxfer_reservation_write(struct kvxfer_reservation_t *reservatio
                                          const struct kvxfer_region_t *region,
                                          const struct kvxfer_run_t *runs,
                                          size_t run_count);
+
+// The same, for bytes that a CUDA stream is still producing: they are read once `after` has been passed. NULL: at once.
+kvxfer_result_t kvxfer_reservation_write_after(struct kvxfer_reservation_t *reservation,
+                                               size_t index,
+                                               const struct kvxfer_region_t *region,
+                                               const struct kvxfer_run_t *runs,
+                                               size_t run_count,
+                                               const struct kvxfer_fence_t *after);
 
 // States that every chunk has been given to `kvxfer_reservation_write`; the rest can be waited for with the
 // delivery (free it with `kvxfer_delivery_free`). Further calls on the reservation answer `KVXFER_CLOSED`; it

@@ -6,8 +6,8 @@ use std::path::Path;
 use support::header::{Header, ROOT};
 
 /// The files in the order in which a C reader wants to meet their contents.
-const SOURCES: [&str; 22] = [
-    "version", "result", "error", "args", "config", "agent", "region", "peer", "transfer", "notify",
+const SOURCES: [&str; 23] = [
+    "version", "result", "error", "args", "config", "agent", "region", "fence", "peer", "transfer", "notify",
     "events", "metrics", "receiver", "sender", "delivery", "query", "outbox", "memory", "paged", "lmcache",
     "log", "handle",
 ];

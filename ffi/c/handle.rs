@@ -59,6 +59,7 @@ pub(super) mod kind {
     pub(in crate::c) const OUTBOX: u8 = 11;
     pub(in crate::c) const MEMORY: u8 = 12;
     pub(in crate::c) const FOUND: u8 = 13;
+    pub(in crate::c) const FENCE: u8 = 14;
 }
 
 /// Name of a type in error texts.
@@ -77,6 +78,7 @@ pub(super) const fn name(kind: u8) -> &'static str {
         kind::OUTBOX => "outbox",
         kind::MEMORY => "memory",
         kind::FOUND => "found",
+        kind::FENCE => "fence",
         _ => "unknown",
     }
 }

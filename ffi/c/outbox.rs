@@ -5,6 +5,7 @@ use super::args::{
     Out, OutStruct, fixed, flag, invalid, list, optional_text, optional_timeout, read_struct, text, timeout,
     versioned,
 };
+use super::fence::{fence, kvxfer_fence_t};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::result::{KVXFER_OK, code, kvxfer_result_t, number};
@@ -64,6 +65,8 @@ pub struct kvxfer_batch_t {
     pub last: u32,
     /// Zero.
     pub reserved: u32,
+    /// The chunks' bytes are complete at this point of a CUDA stream; NULL: now.
+    pub after: *const kvxfer_fence_t,
 }
 versioned! { kvxfer_batch_t, 56; }
 
@@ -155,10 +158,13 @@ pub unsafe extern "C" fn kvxfer_outbox_put(
         if b.reserved != 0 {
             return Err(invalid("batch.reserved", format!("is {}, must be 0", b.reserved)));
         }
+        let after = fence("batch.after", b.after)?;
         let chunks = list("batch.chunks", b.chunks, b.count)?
             .iter()
             .map(|c| {
-                let (source, len) = source(&object.agent, "chunks.region", c.region, c.runs, c.run_count)?;
+                let (mut source, len) =
+                    source(&object.agent, "chunks.region", c.region, c.runs, c.run_count)?;
+                source.after.clone_from(&after);
                 Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, source))
             })
             .collect::<Result<Vec<_>>>()?;

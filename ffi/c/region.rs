@@ -1,11 +1,12 @@
 //! Regions: memory that transfers may use, allocated by kvxfer or owned by the caller.
 
 use super::agent::kvxfer_agent_t;
-use super::args::{Out, invalid, text};
+use super::args::{Out, flag, invalid, text};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::result::{KVXFER_OK, kvxfer_result_t};
 use kvxfer_core::agent::Access;
+use kvxfer_core::cuda::Device;
 use kvxfer_core::memory::MemoryKind;
 use kvxfer_core::{Agent, Error, ErrorCode, Memory, Region, Result};
 use parking_lot::Mutex;
@@ -39,8 +40,8 @@ object!(RegionObject, kvxfer_region_t, REGION);
 
 impl RegionObject {
     fn new(agent: Agent, region: Region) -> Self {
-        let foreign =
-            (region.memory().kind() == MemoryKind::Foreign).then(|| Arc::downgrade(region.memory()));
+        let foreign = matches!(region.memory().kind(), MemoryKind::Foreign | MemoryKind::ForeignDevice)
+            .then(|| Arc::downgrade(region.memory()));
         Self { agent, region: Mutex::new(Some(region)), exports: Mutex::default(), foreign }
     }
 
@@ -121,7 +122,12 @@ pub(super) unsafe fn foreign(base: *mut c_void, length: u64) -> Result<Arc<Memor
         return Ok(memory);
     }
     // SAFETY: the caller's promise.
-    unsafe { Memory::foreign(base.cast(), length as usize) }
+    unsafe {
+        if kvxfer_core::cuda::is_device_address(base.addr() as u64) {
+            return Memory::device_foreign(base.addr() as u64, length as usize);
+        }
+        Memory::foreign(base.cast(), length as usize)
+    }
 }
 
 /// Allocates `length` bytes of shareable memory (zeroed, huge pages where available) and registers them. Peers
@@ -146,8 +152,8 @@ pub unsafe extern "C" fn kvxfer_region_allocate(
     })
 }
 
-/// Registers memory of the caller's own, `length` bytes from `base` on, readable and writable. It must stay as
-/// it is until `kvxfer_region_free` has answered `KVXFER_OK`; and peers that were allowed to reach it must be
+/// Registers memory of the caller's own, `length` bytes from `base` on, readable and writable: host memory, or a GPU's (a
+/// `CUdeviceptr` as a pointer, a torch tensor's `data_ptr()`), which is recognised. It must stay as it is until `kvxfer_region_free` has answered `KVXFER_OK`; and peers that were allowed to reach it must be
 /// disconnected, or must have ended their transfers, before it goes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_region_register(
@@ -181,7 +187,50 @@ pub unsafe extern "C" fn kvxfer_region_free(region: *mut kvxfer_region_t) -> kvx
     })
 }
 
-/// First byte and length of the region's memory, valid while the region lives. `length_out` may be NULL.
+/// Allocates `length` zeroed bytes on CUDA device `device` (its number among the visible ones) and registers them. With
+/// `shareable` 1 they come from the driver's virtual memory management (in pages of 2 MiB), which also reaches peers that no
+/// CUDA IPC handle reaches; 0 is the ordinary way. `KVXFER_NOT_AVAILABLE` without a driver or device, `KVXFER_NO_CAPACITY` when
+/// the device is full.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_allocate_device(
+    agent: *mut kvxfer_agent_t,
+    device: i32,
+    length: u64,
+    shareable: u32,
+    region_out: *mut *mut kvxfer_region_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_allocate_device", || unsafe {
+        let agent = super::agent::agent(agent)?;
+        let out = Out::new("region_out", region_out)?;
+        if length == 0 || length > isize::MAX as u64 {
+            return Err(invalid("length", format!("{length} bytes cannot be allocated")));
+        }
+        let device = Device::get(device)?;
+        let memory = if flag("shareable", shareable)? {
+            Memory::device_shareable(&device, length as usize)?
+        } else {
+            Memory::device(&device, length as usize)?
+        };
+        let region = agent.register(memory)?;
+        out.set(into_raw(RegionObject::new(agent, region))?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Pins the region's host memory for CUDA devices, so that transfers between it and device memory need no copy in between. Takes
+/// about a third of a second a gibibyte; again, or on device memory, it does nothing. Transfers do it themselves at first use: this
+/// is for a moment when nobody waits.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_pin(region: *mut kvxfer_region_t) -> kvxfer_result_t {
+    guard("kvxfer_region_pin", || {
+        self::region("region", region)?.memory().pin()?;
+        Ok(KVXFER_OK)
+    })
+}
+
+/// First byte and length of the region's memory, valid while the region lives; of a GPU's memory the address is the device's, which
+/// the host cannot touch. `length_out` may be NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_region_memory(
     region: *const kvxfer_region_t,

@@ -6,6 +6,7 @@ use super::args::{
 };
 use super::config::integrity;
 use super::delivery::{DeliveryObject, kvxfer_delivery_t};
+use super::fence::{fence, kvxfer_fence_t};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::peer::{PeerObject, kvxfer_peer_t};
@@ -362,6 +363,26 @@ pub unsafe extern "C" fn kvxfer_reservation_write(
     guard("kvxfer_reservation_write", || unsafe {
         let reservation = self::reservation(reservation)?;
         let (source, _) = source(&reservation.agent, "region", region, runs, run_count)?;
+        reservation.with(|r| r.write(index, source))?;
+        Ok(KVXFER_OK)
+    })
+}
+
+/// The same, for bytes that a CUDA stream is still producing: they are read once `after` has been passed. NULL: at once.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_reservation_write_after(
+    reservation: *mut kvxfer_reservation_t,
+    index: usize,
+    region: *const kvxfer_region_t,
+    runs: *const kvxfer_run_t,
+    run_count: usize,
+    after: *const kvxfer_fence_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_reservation_write_after", || unsafe {
+        let reservation = self::reservation(reservation)?;
+        let (mut source, _) = source(&reservation.agent, "region", region, runs, run_count)?;
+        source.after = fence("after", after)?;
         reservation.with(|r| r.write(index, source))?;
         Ok(KVXFER_OK)
     })

@@ -2,6 +2,7 @@
 
 use super::args::{Out, OutStruct, invalid, list, optional_timeout, read_struct, timeout, versioned};
 use super::config::integrity;
+use super::fence::{fence, kvxfer_fence_t};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::{Answer, guard};
 use super::peer::{RemoteRegionObject, kvxfer_peer_t, kvxfer_remote_region_t, peer};
@@ -79,6 +80,8 @@ pub struct kvxfer_transfer_options_t {
     pub integrity: u32,
     /// `KVXFER_TRANSPORT_...`; `KVXFER_UNSUPPORTED` when that one does not reach both regions.
     pub transport: u32,
+    /// Nothing is read or written before this point of a CUDA stream; NULL: at once.
+    pub after: *const kvxfer_fence_t,
 }
 
 /// How a transfer went. Set `struct_size` before the call.
@@ -123,7 +126,7 @@ unsafe fn options(options: *const kvxfer_transfer_options_t) -> Result<TransferO
             notify: (!o.notify.is_null()).then(|| payload.to_vec()),
             integrity: integrity("options.integrity", o.integrity)?,
             transport: transport("options.transport", o.transport)?,
-            after: None,
+            after: fence("options.after", o.after)?,
         })
     }
 }

@@ -229,6 +229,11 @@ impl Drop for Pin {
     }
 }
 
+/// Whether the driver knows the address as a device's.
+pub(super) fn is_device(address: u64) -> bool {
+    Pointer::ask(address).is_ok_and(|p| p.must_be_device().is_ok())
+}
+
 impl Pointer {
     fn ask(at: u64) -> Result<Self> {
         let mut wanted = [

@@ -143,6 +143,20 @@ fn load() -> Result<Driver> {
     Ok(Driver { version, batch: has("cuMemcpyBatchAsync") })
 }
 
+/// Whether somebody in this process (torch, the CUDA runtime, we) has initialised the driver.
+pub(crate) fn is_awake() -> bool {
+    use libloading::os::unix::{Library, RTLD_LAZY};
+    // SAFETY: with this flag a library is found if it is loaded already, and nothing is run.
+    let loaded = unsafe { Library::open(Some("libcuda.so.1"), RTLD_LAZY | libc::RTLD_NOLOAD) };
+    if loaded.is_err() || library().is_err() {
+        return false;
+    }
+    let mut count = 0;
+    // SAFETY: the pointer is to a live integer; before `cuInit` the call answers so and does nothing.
+    let result = unsafe { sys::cuDeviceGetCount(&raw mut count) };
+    result == CUresult::CUDA_SUCCESS && count > 0
+}
+
 /// CUDA's own name and text of a result.
 pub(crate) fn text(result: CUresult) -> String {
     let lookup = |f: unsafe fn(CUresult, *mut *const std::ffi::c_char) -> CUresult| {

@@ -45,6 +45,20 @@ pub use stream::Fence;
 
 use crate::Result;
 
+/// Whether an address is a GPU's memory of this process.
+///
+/// CUDA is not woken for the question: as long as nobody in this process has initialised the driver there is no device memory.
+#[cfg(feature = "cuda")]
+pub fn is_device_address(address: u64) -> bool {
+    driver::is_awake() && block::is_device(address)
+}
+
+/// Never, in this build.
+#[cfg(not(feature = "cuda"))]
+pub fn is_device_address(_address: u64) -> bool {
+    false
+}
+
 /// What was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
