@@ -6,14 +6,17 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part of the shared actors")]
 
+mod gpu;
 mod receiver;
 mod sender;
 
+use kvxfer::Memory;
+use kvxfer::memory::HugePages;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 const ROLE: &str = "KVXFER_TEST_ROLE";
@@ -270,6 +273,25 @@ pub(crate) fn receiver(transport: &str, overlay: &Value) -> Actor {
 /// Starts a sender connected to `decoder`.
 pub(crate) fn sender(transport: &str, decoder: &Actor, overlay: &Value) -> Actor {
     Actor::start(&sender_config(transport, decoder, overlay))
+}
+
+/// Runs `line` on `transport`, or says why that cannot be done here.
+pub(crate) fn on(transport: &str, name: &str, line: fn(&str)) {
+    if transport == "cuda_ipc" && gpu::elsewhere(&format!("{transport}::{name}")) {
+        return;
+    }
+    match unavailable(transport) {
+        None => line(transport),
+        Some(why) => println!("SKIPPED on {transport}: {why}"),
+    }
+}
+
+/// Memory of the kind that the transport is for: a GPU's for `cuda_ipc`, else shareable host memory.
+pub(crate) fn memory(transport: &Value, len: usize) -> Result<Arc<Memory>, kvxfer::Error> {
+    if transport == "cuda_ipc" {
+        return Memory::device(&kvxfer::cuda::Device::get(0)?, len);
+    }
+    Memory::shared(len, HugePages::Try)
 }
 
 /// Why `transport` cannot be tested here; `None` when it can.

@@ -20,17 +20,20 @@ impl ReceiverRole {
             config["listen"] = json!("tcp://127.0.0.1:0");
         }
         let agent = agent(&config)?;
-        let receiver = Receiver::new(
+        let (pages, geometry) = (config["pages"].as_u64().unwrap_or(8) as u32, geometry(&config));
+        let memory = super::memory(&config["transport"], pages as usize * geometry.page_bytes as usize)?;
+        let receiver = Receiver::with_memory(
             &agent,
             ReceiverConfig {
-                pages: config["pages"].as_u64().unwrap_or(8) as u32,
-                geometry: geometry(&config),
+                pages,
+                geometry,
                 lease: millis(&config, "lease_ms", 30_000),
                 admission_timeout: millis(&config, "admission_ms", 30_000),
                 retention: millis(&config, "retention_ms", 120_000),
                 max_queue: config["max_queue"].as_u64().unwrap_or(1024) as usize,
                 ..ReceiverConfig::default()
             },
+            memory,
         )?;
         Ok(Self { agent, receiver, held: HashMap::new() })
     }

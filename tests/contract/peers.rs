@@ -139,10 +139,11 @@ pub(crate) fn you_can_see_the_path(transport: &str) {
     let _ = decoder.call(&json!({"do": "metrics"}));
 
     // A requirement that is not met is an error at connect, naming what was found instead.
-    let config = crate::actors::sender_config(transport, &decoder, &json!({"require": ["nvlink"]}));
+    let missing = if transport == "cuda_ipc" { "rdma" } else { "nvlink" };
+    let config = crate::actors::sender_config(transport, &decoder, &json!({"require": [missing]}));
     let failure = Actor::try_start(&config).map(|_| ()).expect_err("a silent fallback");
     assert_eq!((failure.code.as_str(), failure.retryable), ("requirement", false), "{failure:?}");
-    assert!(failure.text.contains("nvlink") && failure.text.contains(transport), "{failure:?}");
+    assert!(failure.text.contains(missing) && failure.text.contains(transport), "{failure:?}");
     // One that is met is not.
     let mut strict = sender(transport, &decoder, &json!({"require": [transport]}));
     strict.call(&json!({"do": "send", "request": "s", "chunks": [["c", PAGE]]}));

@@ -20,6 +20,9 @@ unsafe impl Send for Kernels {}
 // SAFETY: as above.
 unsafe impl Sync for Kernels {}
 
+/// Of `kernels/*.cu`, for every device from compute capability 8.0 on; the driver makes the device's own code of it.
+const PTX: &str = include_str!("../../kernels/ptx/compute_80.ptx");
+
 /// Threads of a block.
 const THREADS: u32 = 256;
 /// Blocks a multiprocessor holds of it.
@@ -27,7 +30,7 @@ const BLOCKS: u32 = 8;
 
 impl Kernels {
     pub(crate) fn load(device: &Device) -> Result<Self> {
-        Self::from_ptx(device, "")
+        Self::from_ptx(device, PTX)
     }
 
     fn from_ptx(device: &Device, ptx: &str) -> Result<Self> {

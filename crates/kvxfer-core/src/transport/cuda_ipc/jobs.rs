@@ -35,7 +35,7 @@ impl Jobs {
     /// Moves every job on. True while some are under way.
     pub(super) fn drive(&self) -> bool {
         let mut ended = Vec::new();
-        let busy = {
+        {
             let Some(mut state) = self.state.try_lock() else { return true };
             let closed = state.closed;
             let mut i = 0;
@@ -47,13 +47,12 @@ impl Jobs {
                     i += 1;
                 }
             }
-            !state.active.is_empty()
-        };
+        }
         // Not under the lock: what follows a transfer may submit the next one.
         for active in ended {
             active.job.tracker.finish();
         }
-        busy
+        !self.state.lock().active.is_empty()
     }
 
     pub(super) fn has(&self, transfer: TransferId) -> bool {

@@ -1,0 +1,131 @@
+// Modules and launches: a module is PTX text, a launch runs the CPU twin of the kernel that the text names.
+#include "memory.h"
+#include "twin.h"
+
+#include <cstdio>
+#include <cstring>
+#include <set>
+
+using namespace standin;
+
+static const standin_twin *&twins() {
+  static const standin_twin *first = nullptr;
+  return first;
+}
+standin_twin::standin_twin(const char *n, const size_t *p, int (*r)(const Grid &, void **))
+    : name(n), parameters(p), run(r), next(twins()) {
+  twins() = this;
+}
+extern "C" void *standin_translate(uint64_t at, size_t size) {
+  return is_device(at) ? translate(at, size) : reinterpret_cast<void *>(at);
+}
+
+namespace {
+
+struct Function {
+  const standin_twin *twin;
+  Context *context;
+};
+struct Module {
+  std::string text;
+  Context *context;
+  std::map<std::string, Function> functions;
+};
+std::set<Module *> modules;
+
+void complain(unsigned n, const int *options, void **values, const char *text) {
+  char *buffer = nullptr;
+  size_t size = 0;
+  for (unsigned i = 0; i < n; ++i) {
+    if (options[i] == 5) buffer = static_cast<char *>(values[i]);
+    if (options[i] == 6) size = size_t(values[i]);
+  }
+  if (buffer && size) snprintf(buffer, size, "%s", text);
+}
+
+CUresult load(Module **out, const void *image, unsigned n, const int *options, void **values) {
+  Context *c;
+  if (CUresult r = current(&c)) return r;
+  if (!out || !image) return INVALID_VALUE;
+  std::string text = static_cast<const char *>(image);
+  if (text.find(".version") == std::string::npos || text.find(".target") == std::string::npos) {
+    complain(n, options, values, "ptxas fatal: Missing .version directive at start of file");
+    return INVALID_PTX;
+  }
+  Module *m = new Module{std::move(text), c, {}};
+  std::lock_guard<std::mutex> hold(world());
+  modules.insert(m);
+  live("modules", 1);
+  *out = m;
+  return SUCCESS;
+}
+
+}  // namespace
+
+API CUresult cuModuleLoadData(Module **out, const void *image) {
+  READY(cuModuleLoadData);
+  return load(out, image, 0, nullptr, nullptr);
+}
+API CUresult cuModuleLoadDataEx(Module **out, const void *image, unsigned n, const int *options, void **values) {
+  READY(cuModuleLoadDataEx);
+  return load(out, image, n, options, values);
+}
+API CUresult cuModuleUnload(Module *m) {
+  READY(cuModuleUnload);
+  std::lock_guard<std::mutex> hold(world());
+  if (!modules.erase(m)) return INVALID_HANDLE;
+  delete m;
+  live("modules", -1);
+  return SUCCESS;
+}
+API CUresult cuModuleGetFunction(Function **out, Module *m, const char *name) {
+  READY(cuModuleGetFunction);
+  std::lock_guard<std::mutex> hold(world());
+  if (!out || !name) return INVALID_VALUE;
+  if (!modules.count(m)) return INVALID_HANDLE;
+  std::string entry = std::string(".entry ") + name + "(";
+  if (m->text.find(entry) == std::string::npos) return NOT_FOUND;
+  for (const standin_twin *t = twins(); t; t = t->next)
+    if (!strcmp(t->name, name)) {
+      *out = &(m->functions[name] = Function{t, m->context});
+      return SUCCESS;
+    }
+  fprintf(stderr, "kvxfer stand-in: the kernel %s has no CPU twin\n", name);
+  return NOT_FOUND;
+}
+API CUresult cuFuncGetAttribute(int *out, int, Function *f) {
+  READY(cuFuncGetAttribute);
+  if (!out || !f) return INVALID_VALUE;
+  *out = 0;
+  return SUCCESS;
+}
+API CUresult cuFuncSetAttribute(Function *f, int, int) {
+  READY(cuFuncSetAttribute);
+  return f ? SUCCESS : INVALID_HANDLE;
+}
+API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *out, Function *f, int block, size_t) {
+  READY(cuOccupancyMaxActiveBlocksPerMultiprocessor);
+  if (!out || !f || block < 1) return INVALID_VALUE;
+  *out = 2048 / block;
+  return SUCCESS;
+}
+API CUresult cuLaunchKernel(Function *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                            unsigned shared, void *handle, void **parameters, void **extra) {
+  READY(cuLaunchKernel);
+  std::shared_ptr<Stream> s;
+  if (CUresult r = stream_of(handle, &s)) return r;
+  if (!f || !gx || !gy || !gz || !bx || !by || !bz || uint64_t(bx) * by * bz > 1024 || extra || shared > 227 << 10)
+    return INVALID_VALUE;
+  const standin_twin *twin = f->twin;
+  auto copy = std::make_shared<std::vector<std::string>>();
+  for (size_t i = 0; twin->parameters[i]; ++i)
+    copy->emplace_back(static_cast<const char *>(parameters[i]), twin->parameters[i]);
+  Grid grid{{gx, gy, gz}, {bx, by, bz}};
+  s->push([=]() -> CUresult {
+    std::vector<void *> at;
+    for (auto &p : *copy) at.push_back(p.data());
+    std::shared_lock<std::shared_mutex> hold(mapping());
+    return twin->run(grid, at.data());
+  });
+  return SUCCESS;
+}
