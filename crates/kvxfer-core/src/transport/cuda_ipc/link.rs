@@ -80,6 +80,10 @@ impl CudaLink {
                 }
                 Ok(Target::Opened { opened, offset: export.offset })
             }
+            What::Private => Err(Error::failed(
+                ErrorCode::Unsupported,
+                "private host memory of another process; allocate it with kvxfer, and devices here reach it",
+            )),
             What::Pool(fd) => {
                 let len = usize::try_from(len)
                     .map_err(|e| Error::failed(ErrorCode::Protocol, format!("{len} bytes: {e}")))?;

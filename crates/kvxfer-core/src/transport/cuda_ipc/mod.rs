@@ -96,7 +96,8 @@ impl Transport for CudaIpcTransport {
                 })?;
                 (Ticket::Pool, Some(fd))
             }
-            _ => return Ok(None),
+            // Private host memory: agents of this process only.
+            _ => (Ticket::Private, None),
         };
         let payload = ticket.encode(self.instance, region, memory.len() as u64);
         Ok(Some(LocalTicket { payload, fd }))

@@ -15,6 +15,7 @@ pub(super) enum Ticket {
     Handle { export: Export, handle: [u8; HANDLE] },
     Descriptor { export: Fields },
     Pool,
+    Private,
 }
 
 /// The numbers of an export.
@@ -40,12 +41,15 @@ pub(super) enum What {
     Block(Export),
     /// A pool of host memory.
     Pool(OwnedFd),
+    /// Host memory that its own process alone reaches.
+    Private,
 }
 
 const LEN: usize = 2 + 3 * 8 + 16 + 3 * 8 + HANDLE;
 const KIND_HANDLE: u8 = 1;
 const KIND_DESCRIPTOR: u8 = 2;
 const KIND_POOL: u8 = 3;
+const KIND_PRIVATE: u8 = 4;
 
 impl Ticket {
     /// With the descriptor that goes with it.
@@ -66,6 +70,7 @@ impl Ticket {
             }
             Self::Descriptor { export } => (KIND_DESCRIPTOR, *export, [0; HANDLE]),
             Self::Pool => (KIND_POOL, Fields { size: len, ..Fields::default() }, [0; HANDLE]),
+            Self::Private => (KIND_PRIVATE, Fields { size: len, ..Fields::default() }, [0; HANDLE]),
         };
         let mut out = Vec::with_capacity(LEN);
         out.extend_from_slice(&[VERSION, kind]);
@@ -118,6 +123,7 @@ impl Read {
                 What::Block(Export { uuid, buffer, offset, size, way: Way::Descriptor(fd) })
             }
             (KIND_POOL, Some(fd)) => What::Pool(fd),
+            (KIND_PRIVATE, _) => What::Private,
             (KIND_DESCRIPTOR | KIND_POOL, None) => {
                 return Err(refused("no file descriptor came with it".into()));
             }

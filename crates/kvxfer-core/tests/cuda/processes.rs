@@ -1,0 +1,214 @@
+//! Device memory of another process.
+
+use crate::copies::{SOON, bytes, noise};
+use crate::{harness, raw};
+use kvxfer_core::cuda::Device;
+use kvxfer_core::memory::HugePages;
+use kvxfer_core::{Access, Agent, ErrorCode, Memory, Peer, Piece, Region, TransferOptions, TransportKind};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+
+const KIND: &str = "KVXFER_TEST_PEER_MEMORY";
+const LEN: usize = 200_000;
+
+/// The other process: exports memory of a kind, filled with noise, until its input ends.
+pub(crate) fn peer_entry() {
+    let Ok(kind) = std::env::var(KIND) else { return };
+    let device = || Device::get(0).unwrap();
+    let part = (kind == "part").then(|| raw::Allocation::new(0, LEN + 4096));
+    let memory: Arc<Memory> = match kind.as_str() {
+        "device" => Memory::device(&device(), LEN).unwrap(),
+        "shareable" => Memory::device_shareable(&device(), LEN).unwrap(),
+        "pool" => Memory::shared(LEN, HugePages::Never).unwrap(),
+        _ => foreign(part.as_ref().unwrap().address + 768),
+    };
+    memory.write_at(0, &noise(LEN, 42)).unwrap();
+    let agent = Agent::builder().name("peer").listen("tcp://127.0.0.1:0").build().unwrap();
+    let region = agent.register(memory.clone()).unwrap();
+    agent.export(&region, "memory", Access::ReadWrite).unwrap();
+    println!("@@{}", agent.addresses()[0]);
+    let mut rest = Vec::new();
+    std::io::stdin().read_to_end(&mut rest).unwrap();
+    // What was written meanwhile.
+    println!("@@{:x}", xxhash_rust::xxh3::xxh3_64(&bytes(&memory)));
+    agent.shutdown(SOON).unwrap();
+    drop((region, memory));
+    if let Some(part) = part {
+        part.free();
+    }
+}
+
+#[expect(unsafe_code, reason = "freed by the caller after the last use")]
+fn foreign(address: u64) -> Arc<Memory> {
+    // SAFETY: the caller frees it after the region is gone.
+    unsafe { Memory::device_foreign(address, LEN) }.unwrap()
+}
+
+struct Other {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<std::process::ChildStdout>,
+    address: String,
+}
+
+impl Other {
+    fn start(kind: &str, variables: &[(&str, &str)]) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["peer_entry", "--exact", "--nocapture", "--test-threads=1"])
+            .env(KIND, kind)
+            .env(harness::UNDER, "1")
+            .envs(variables.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (input, output) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        let mut other = Self { child, input, output, address: String::new() };
+        other.address = other.line();
+        other
+    }
+    fn line(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(self.output.read_line(&mut line).unwrap() > 0, "the peer said nothing");
+            if let Some((_, text)) = line.split_once("@@") {
+                return text.trim().to_owned();
+            }
+        }
+    }
+    fn connect(&self, agent: &Agent) -> Peer {
+        agent.connect(&self.address, SOON).unwrap()
+    }
+    /// Ends it; gives the digest of its memory.
+    fn end(mut self) -> String {
+        drop(self.input.take());
+        let digest = self.line();
+        assert!(self.child.wait().unwrap().success());
+        digest
+    }
+}
+
+fn pieces(n: u64) -> Vec<Piece> {
+    let len = LEN as u64 / n;
+    (0..n).map(|i| Piece { local_offset: (n - 1 - i) * len, remote_offset: i * len, len }).collect()
+}
+
+/// Reads what the other process has, writes something else, and has it say what it sees.
+fn exchange(kind: &str, local: &Arc<Memory>) {
+    let mut other = Other::start(kind, &[]);
+    let agent = Agent::builder().name("me").build().unwrap();
+    let region: Region = agent.register(local.clone()).unwrap();
+    let peer = other.connect(&agent);
+    let remote = peer.region("memory", SOON).unwrap();
+    for n in [1, 5, 100] {
+        let options =
+            || TransferOptions { transport: Some(TransportKind::CudaIpc), ..TransferOptions::default() };
+        let read = peer.read(&region, &remote, &pieces(n), options()).unwrap();
+        assert_eq!(read.wait(SOON).unwrap().error, None);
+        if n == 1 {
+            assert_eq!(bytes(&local), noise(LEN, 42), "{kind}: read");
+        }
+        local.write_at(0, &noise(LEN, n)).unwrap();
+        let write = peer.write(&region, &remote, &pieces(n), options()).unwrap();
+        assert_eq!(write.wait(SOON).unwrap().error, None);
+        let mut expected = vec![0; LEN];
+        let sent = noise(LEN, n);
+        for p in pieces(n) {
+            let (a, b, len) = (p.local_offset as usize, p.remote_offset as usize, p.len as usize);
+            expected[b..b + len].copy_from_slice(&sent[a..a + len]);
+        }
+        if n == 100 {
+            drop((remote, peer));
+            drop(region);
+            agent.shutdown(SOON).unwrap();
+            let digest = other.end();
+            assert_eq!(digest, format!("{:x}", xxhash_rust::xxh3::xxh3_64(&expected)), "{kind}: write");
+            return;
+        }
+        let _ = &mut other;
+    }
+}
+
+pub(crate) fn regions_by_handle() {
+    let device = Device::get(0).unwrap();
+    exchange("device", &Memory::device(&device, LEN).unwrap());
+    exchange("part", &Memory::device(&device, LEN).unwrap());
+    exchange("device", &Memory::shared(LEN, HugePages::Never).unwrap());
+    exchange("part", &Memory::anonymous(LEN).unwrap());
+}
+
+pub(crate) fn regions_by_descriptor_where_handles_are_refused() {
+    let device = Device::get(0).unwrap();
+    exchange("shareable", &Memory::device(&device, LEN).unwrap());
+    exchange("shareable", &Memory::device_shareable(&device, LEN).unwrap());
+}
+
+pub(crate) fn a_host_pool_of_another_process() {
+    exchange("pool", &Memory::device(&Device::get(0).unwrap(), LEN).unwrap());
+}
+
+pub(crate) fn memory_that_cannot_be_shared_is_named() {
+    let other = Other::start("device", &[]);
+    let agent = Agent::builder().name("me").build().unwrap();
+    let peer = other.connect(&agent);
+    let e = peer.region("memory", SOON).unwrap_err();
+    assert_eq!(e.code(), ErrorCode::NotAvailable, "{e}");
+    assert!(e.to_string().contains("the peer gave no ticket"), "{e}");
+    drop(peer);
+    agent.shutdown(SOON).unwrap();
+    other.end();
+}
+
+/// The peer dies by SIGKILL while we write into its memory, again and again: every transfer ends, none of them hangs or crashes.
+pub(crate) fn a_peer_killed_with_its_memory_mapped() {
+    let local = Memory::device(&Device::get(0).unwrap(), LEN).unwrap();
+    let agent = Agent::builder().name("me").build().unwrap();
+    let region = agent.register(local).unwrap();
+    for round in 0..3 {
+        let mut other = Other::start("device", &[]);
+        let peer = other.connect(&agent);
+        let remote = peer.region("memory", SOON).unwrap();
+        let mut ended = 0;
+        for i in 0..200 {
+            if i == 50 + round {
+                other.child.kill().unwrap();
+            }
+            match peer.write(&region, &remote, &pieces(20), TransferOptions::default()) {
+                Ok(t) => drop(t.wait(SOON).unwrap()),
+                Err(e) => {
+                    assert!(
+                        matches!(e.code(), ErrorCode::PeerGone | ErrorCode::NotFound | ErrorCode::Closed),
+                        "{e}"
+                    );
+                    ended += 1;
+                }
+            }
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        assert!(ended > 0, "the peer's end was not noticed");
+        other.child.wait().unwrap();
+    }
+    drop(region);
+    agent.shutdown(SOON).unwrap();
+}
+
+/// The peer's device is one that we do not see.
+pub(crate) fn a_hidden_device_is_named() {
+    let other = Other::start("device", &[("CUDA_VISIBLE_DEVICES", "1")]);
+    // Ours is the other one. Set before the driver is asked for the first time.
+    let agent = hidden_from_us();
+    let peer = other.connect(&agent);
+    let e = peer.region("memory", SOON).unwrap_err();
+    assert!(e.to_string().contains("GPU-") && e.to_string().contains("CUDA_VISIBLE_DEVICES"), "{e}");
+    drop(peer);
+    agent.shutdown(SOON).unwrap();
+    other.end();
+}
+
+#[expect(unsafe_code, reason = "the environment is changed by the only thread")]
+fn hidden_from_us() -> Agent {
+    // SAFETY: no other thread of this process reads the environment at this moment.
+    unsafe { std::env::set_var("CUDA_VISIBLE_DEVICES", "0") };
+    Agent::builder().name("me").build().unwrap()
+}
