@@ -107,7 +107,7 @@ fn exchange(kind: &str, local: &Arc<Memory>) {
         let read = peer.read(&region, &remote, &pieces(n), options()).unwrap();
         assert_eq!(read.wait(SOON).unwrap().error, None);
         if n == 1 {
-            assert_eq!(bytes(&local), noise(LEN, 42), "{kind}: read");
+            assert_eq!(bytes(local), noise(LEN, 42), "{kind}: read");
         }
         local.write_at(0, &noise(LEN, n)).unwrap();
         let write = peer.write(&region, &remote, &pieces(n), options()).unwrap();
