@@ -123,6 +123,7 @@ impl Transport for Panics {
             fuses_digest: false,
             needs_poll: false,
             device_memory: false,
+            follows_streams: false,
             default_integrity: Integrity::Off,
         }
     }

@@ -146,7 +146,7 @@ pub(crate) fn submit(
     let integrity = options.integrity.or(agent.config.integrity).unwrap_or(path.caps.default_integrity);
     tracing::trace!(peer = %peer.inner.info.name, transfer = %id, transport = %path.candidate.kind, bytes = total, "submit");
     let after = options.after;
-    let held = after.clone().filter(|f| !path.caps.device_memory && !matches!(f.is_done(), Ok(true)));
+    let held = after.clone().filter(|f| !path.caps.follows_streams && !matches!(f.is_done(), Ok(true)));
     let job = Job {
         transfer: id,
         op,
@@ -233,7 +233,7 @@ pub(crate) fn pick<'p>(
         .find(|(p, key)| {
             only.is_none_or(|k| k == p.candidate.kind)
                 && local.usable.contains(&p.candidate.kind)
-                && p.link.carries(&local.memory, *key)
+                && p.link.carries(local.id, &local.memory, *key)
         })
         .ok_or_else(|| {
             let reach: Vec<_> = remote.keys.iter().map(|(i, _)| peer.paths[*i].candidate.kind.as_str()).collect();

@@ -480,9 +480,12 @@ impl Session {
                 format!("no transport carries the chunk from this memory to the pool; connected: {paths:?}"),
             )
         })?;
-        let level = self.integrity.unwrap_or(level.max(caps.default_integrity));
+        // Every byte of a device's memory is read back through the host: only where the path does not check them and somebody wants it.
+        let device = source.region.memory().is_device();
+        let floor = if device && !caps.verifies_arrival { Integrity::Bound } else { caps.default_integrity };
+        let level = self.integrity.unwrap_or(level.max(floor));
         let base = layout.offset(write.page).unwrap_or(0);
-        let (how, on_the_way) = choose(level, caps, source.region.memory().is_device(), base, binding.len);
+        let (how, on_the_way) = choose(level, caps, device, base, binding.len);
         let digests = if let How::Fused(d) = &how { Some(d.clone()) } else { None };
         let job = Arc::new(WriteJob { session: self, write, binding, source, how, parts: Mutex::default() });
         if matches!(job.how, How::Hashed | How::Sampled) {

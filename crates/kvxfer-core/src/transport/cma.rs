@@ -85,6 +85,7 @@ impl Transport for CmaTransport {
             fuses_digest: true,
             needs_poll: false,
             device_memory: false,
+            follows_streams: false,
             default_integrity: Integrity::Bound,
         }
     }

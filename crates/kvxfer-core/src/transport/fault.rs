@@ -144,8 +144,8 @@ impl Link for FaultLink {
     fn forget(&self, key: RemoteKey) {
         self.shared.inner.forget(key);
     }
-    fn carries(&self, local: &Memory, remote: RemoteKey) -> bool {
-        self.shared.inner.carries(local, remote)
+    fn carries(&self, region: RegionId, local: &Memory, remote: RemoteKey) -> bool {
+        self.shared.inner.carries(region, local, remote)
     }
 
     fn submit(&self, job: Job) -> Result<()> {

@@ -122,6 +122,8 @@ pub struct Capabilities {
     pub needs_poll: bool,
     /// Takes a GPU's memory; the others move host memory only.
     pub device_memory: bool,
+    /// Takes [`Job::after`] into account by itself; for the others the agent waits.
+    pub follows_streams: bool,
     /// What is assumed when nothing is configured (Contract line 1).
     pub default_integrity: Integrity,
 }
@@ -199,7 +201,7 @@ pub struct Job {
     pub pieces: Arc<[Piece]>,
     /// Level of checking.
     pub integrity: Integrity,
-    /// Nothing is read or written before this; only where the transport says `device_memory` (the agent waits for the others).
+    /// Nothing is read or written before this; only where the transport says `follows_streams`.
     pub after: Option<crate::cuda::Fence>,
     /// Where to leave digests of the written bytes, computed while they are hot; only when the transport says `fuses_digest`.
     pub digest: Option<Arc<SegmentDigests>>,
@@ -264,7 +266,7 @@ pub trait Link: Send + Sync + 'static {
     /// Forgets an imported region; jobs under way keep it alive.
     fn forget(&self, key: RemoteKey);
     /// Whether this link is for that pair of memories: a transport that reaches both may still be the wrong one.
-    fn carries(&self, _local: &Memory, _remote: RemoteKey) -> bool {
+    fn carries(&self, _region: RegionId, _local: &Memory, _remote: RemoteKey) -> bool {
         true
     }
     /// Starts a job; never blocks. Errors before anything moved are returned, later ones go to the tracker.

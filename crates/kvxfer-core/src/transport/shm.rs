@@ -72,6 +72,7 @@ impl Transport for ShmTransport {
             fuses_digest: true,
             needs_poll: false,
             device_memory: false,
+            follows_streams: false,
             default_integrity: Integrity::Bound,
         }
     }

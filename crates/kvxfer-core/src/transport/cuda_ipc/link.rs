@@ -8,7 +8,7 @@ use super::{PeerProcess, TABLE};
 use crate::cuda::{Device, Engine, Opened};
 use crate::transport::{Job, Link, PeerInfo, RemoteKey, RemoteTicket, not_imported};
 use crate::{Error, Memory, Result};
-use kvxfer_proto::{ErrorCode, TransferId};
+use kvxfer_proto::{ErrorCode, RegionId, TransferId};
 use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, OnceLock, Weak};
@@ -156,7 +156,7 @@ impl Link for CudaLink {
         drop((gone, dropped));
     }
 
-    fn carries(&self, local: &Memory, remote: RemoteKey) -> bool {
+    fn carries(&self, _region: RegionId, local: &Memory, remote: RemoteKey) -> bool {
         local.is_device() || self.target(remote).is_some_and(|t| t.device().is_some())
     }
 

@@ -73,6 +73,7 @@ impl Transport for CudaIpcTransport {
             fuses_digest: false,
             needs_poll: true,
             device_memory: true,
+            follows_streams: true,
             default_integrity: Integrity::Bound,
         }
     }

@@ -2,7 +2,7 @@
 
 use super::find;
 use crate::config::NixlConfig;
-use crate::{Error, Result};
+use crate::{Error, Memory, Result};
 use kvxfer_proto::ErrorCode;
 use nixl_sys::{
     Agent, AgentConfig, Backend, MemType, MemoryRegion, NixlDescriptor, NixlError, OptArgs, Params,
@@ -89,6 +89,14 @@ pub(super) fn only_backend(backends: &[Backend], backend: &Backend) -> Result<Op
 }
 
 /// An empty list of transfer descriptors.
+/// What NIXL calls the place of a memory: its kind, and the number of the device.
+pub(super) fn place_of(memory: &Memory) -> (MemType, u64) {
+    match memory.on_device() {
+        Some(device) => (MemType::Vram, device.ordinal() as u64),
+        None => (MemType::Dram, 0),
+    }
+}
+
 pub(super) fn xfer_list(kind: MemType) -> Result<XferDescList<'static>> {
     XferDescList::new(kind).map_err(|e| failed("create_xfer_dlist", &e))
 }
@@ -97,18 +105,26 @@ pub(super) fn xfer_list(kind: MemType) -> Result<XferDescList<'static>> {
 pub(super) fn register(
     agent: &Agent,
     backends: &[Backend],
-    address: usize,
-    len: usize,
-    kind: MemType,
-    device: u64,
+    memory: &Memory,
+    (address, len): (usize, usize),
 ) -> Result<RegistrationHandle> {
     let args = backend_args(backends)?;
+    let (kind, device) = place_of(memory);
+    // UCX asks the driver about device memory in the calling thread's context.
+    #[cfg(feature = "cuda")]
+    let _here = memory.on_device().map(crate::cuda::Device::enter).transpose()?;
     agent.register_memory(&Range { address, len, kind, device }, args.as_ref()).map_err(|e| {
         Error::failed(
             ErrorCode::Transport,
             format!(
-                "NIXL could not register {len} bytes at {address:#x}: {e}; for RDMA check `ulimit -l` and the NIC's limits \
-                 on memory regions"
+                "NIXL could not register {len} bytes of {} memory at {address:#x}: {e}; {}",
+                super::probe::memory_name(kind),
+                if kind == MemType::Vram {
+                    "UCX needs its CUDA modules for it (UCX_TLS must allow cuda_copy and cuda_ipc), and for RDMA the driver's \
+                     peer memory module (nvidia_peermem) or dma-buf"
+                } else {
+                    "for RDMA check `ulimit -l` and the NIC's limits on memory regions"
+                }
             ),
         )
     })

@@ -4,11 +4,11 @@
 //! timed beyond the deadline of [`Bare::transfer`]. The side that is written to or read from must call
 //! [`Bare::progress`] in a loop while the other side transfers: NIXL moves some messages through its worker.
 
-use super::agent::{create_agent, failed, only_backend, register, xfer_list};
+use super::agent::{create_agent, failed, only_backend, place_of, register, xfer_list};
 use crate::config::NixlConfig;
 use crate::transport::{Op, Piece};
 use crate::{Error, Memory, Result};
-use nixl_sys::{Agent, Backend, MemType, NotificationMap, RegistrationHandle, XferOp};
+use nixl_sys::{Agent, Backend, NotificationMap, RegistrationHandle, XferOp};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,10 +28,9 @@ impl Bare {
         Ok(Self { registrations: Vec::new(), memories: Vec::new(), backends, agent })
     }
 
-    /// Registers host memory; it stays registered as long as this value lives.
+    /// Registers memory, the host's or a device's; it stays registered as long as this value lives.
     pub fn register(&mut self, memory: &Arc<Memory>) -> Result<()> {
-        let handle =
-            register(&self.agent, &self.backends, memory.as_ptr() as usize, memory.len(), MemType::Dram, 0)?;
+        let handle = register(&self.agent, &self.backends, memory, (memory.as_ptr() as usize, memory.len()))?;
         self.registrations.push(handle);
         self.memories.push(Arc::clone(memory));
         Ok(())
@@ -47,8 +46,8 @@ impl Bare {
         self.agent.load_remote_md(metadata).map_err(|e| failed("load_remote_md", &e))
     }
 
-    /// Moves `pieces` between `local` (registered) and the memory that starts at `remote_address` in `peer`, with one
-    /// request, and polls until it has ended. Offsets are not checked here; NIXL refuses what is not registered.
+    /// Moves `pieces` between `local` (registered) and memory of the same kind (and device number) that starts at `remote_address` in
+    /// `peer`, with one request, and polls until it has ended. Offsets are not checked here; NIXL refuses what is not registered.
     pub fn transfer(
         &self,
         op: Op,
@@ -60,11 +59,12 @@ impl Bare {
     ) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let base = local.as_ptr() as u64;
-        let mut locals = xfer_list(MemType::Dram)?;
-        let mut remotes = xfer_list(MemType::Dram)?;
+        let (kind, device) = place_of(local);
+        let mut locals = xfer_list(kind)?;
+        let mut remotes = xfer_list(kind)?;
         for piece in pieces {
-            locals.add_desc((base + piece.local_offset) as usize, piece.len as usize, 0);
-            remotes.add_desc((remote_address + piece.remote_offset) as usize, piece.len as usize, 0);
+            locals.add_desc((base + piece.local_offset) as usize, piece.len as usize, device);
+            remotes.add_desc((remote_address + piece.remote_offset) as usize, piece.len as usize, device);
         }
         let args = only_backend(&self.backends, &self.backends[0])?;
         let direction = match op {

@@ -5,7 +5,7 @@
 //! what *peers* ask of this side, the [`super::keeper`]. They all enter through one lock. It is never held while
 //! trackers are finished, because a tracker's hooks may come back here.
 
-use super::agent::{backend_args, create_agent, failed, register};
+use super::agent::{backend_args, create_agent, failed, place_of, register};
 use super::job::{Active, GRACE, Prepared, Step, Tools};
 use super::link::Remote;
 use super::plan::Descriptor;
@@ -152,11 +152,11 @@ impl Engine {
             if !state.ranges.contains_key(&key) {
                 let mut handles = Vec::new();
                 for (address, len) in slices(key) {
-                    handles.push(register(&state.agent, &state.backends, address, len, MemType::Dram, 0)?);
+                    handles.push(register(&state.agent, &state.backends, memory, (address, len))?);
                 }
                 state.ranges.insert(key, Range { handles, _memory: Arc::clone(memory), users: 0 });
             }
-            let ticket = state.ticket(&self.name, key);
+            let ticket = state.ticket(&self.name, memory, key);
             let range = state
                 .ranges
                 .get_mut(&key)
@@ -572,10 +572,11 @@ impl State {
         let _ = self.agent.invalidate_remote_md(name);
     }
 
-    fn ticket(&self, name: &str, key: (usize, usize)) -> Result<Vec<u8>> {
-        let mut list = RegDescList::new(MemType::Dram).map_err(|e| failed("create_reg_dlist", &e))?;
+    fn ticket(&self, name: &str, memory: &Memory, key: (usize, usize)) -> Result<Vec<u8>> {
+        let (kind, device) = place_of(memory);
+        let mut list = RegDescList::new(kind).map_err(|e| failed("create_reg_dlist", &e))?;
         for (address, len) in slices(key) {
-            list.add_desc(address, len, 0);
+            list.add_desc(address, len, device);
         }
         let args = backend_args(&self.backends)?;
         let metadata = self
@@ -584,8 +585,8 @@ impl State {
             .map_err(|e| failed("get_local_partial_md", &e))?;
         let ticket = Ticket {
             name: name.to_owned(),
-            kind: MemType::Dram,
-            device: 0,
+            kind,
+            device,
             address: key.0 as u64,
             len: key.1 as u64,
             slice: SLICE,

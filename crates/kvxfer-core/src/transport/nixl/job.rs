@@ -1,13 +1,13 @@
 //! One transfer on its way through NIXL: requests are made, posted and retired here, in order.
 
-use super::agent::{failed, only_backend, xfer_list};
+use super::agent::{failed, only_backend, place_of, xfer_list};
 use super::engine::SLICE;
 use super::link::{Import, Remote};
 use super::plan::{Cursor, Descriptor, next_request};
 use crate::transport::{Job, Op};
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
-use nixl_sys::{Agent, Backend, MemType, XferOp, XferRequest};
+use nixl_sys::{Agent, Backend, XferOp, XferRequest};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -247,11 +247,12 @@ impl Active {
 
     /// Makes the request for the descriptors in `tools.scratch`.
     fn request(&self, tools: &Tools<'_>) -> Result<XferRequest> {
-        let mut locals = xfer_list(MemType::Dram)?;
+        let (kind, device) = place_of(&self.job.local);
+        let mut locals = xfer_list(kind)?;
         let mut remotes = xfer_list(self.import.kind)?;
         let base = self.job.local.as_ptr() as u64;
         for d in tools.scratch.iter() {
-            locals.add_desc((base + d.local) as usize, d.len as usize, 0);
+            locals.add_desc((base + d.local) as usize, d.len as usize, device);
             remotes.add_desc((self.import.address + d.remote) as usize, d.len as usize, self.import.device);
         }
         let op = match self.job.op {

@@ -4,8 +4,8 @@ use super::engine::{Engine, Session};
 use super::job::{Active, GRACE};
 use super::wire::Ticket;
 use crate::transport::{Job, Link, RemoteKey, RemoteTicket, not_imported};
-use crate::{Error, Result};
-use kvxfer_proto::{AgentName, ErrorCode, TransferId};
+use crate::{Error, Memory, Result};
+use kvxfer_proto::{AgentName, ErrorCode, RegionId, TransferId};
 use nixl_sys::MemType;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -236,6 +236,11 @@ impl Link for NixlLink {
 
     fn forget(&self, key: RemoteKey) {
         self.imports.lock().regions.remove(&key);
+    }
+
+    /// Device memory that was registered before NIXL started may have been refused since.
+    fn carries(&self, region: RegionId, local: &Memory, _remote: RemoteKey) -> bool {
+        !local.is_device() || self.engine.is_registered(region)
     }
 
     fn submit(&self, job: Job) -> Result<()> {

@@ -41,7 +41,7 @@ pub fn probe(config: &NixlConfig) -> Result<Probe> {
     })
 }
 
-fn memory_name(kind: MemType) -> &'static str {
+pub(super) fn memory_name(kind: MemType) -> &'static str {
     match kind {
         MemType::Dram => "dram",
         MemType::Vram => "vram",

@@ -93,7 +93,13 @@ impl NixlTransport {
             let library = find::load(&self.config)?;
             let engine = Engine::new(self.name.clone(), &self.config)?;
             for (id, memory) in regions.iter() {
-                engine.register(*id, memory)?;
+                match engine.register(*id, memory) {
+                    // Backends for host memory only: other memory goes other ways (`Link::carries`).
+                    Err(e) if memory.is_device() => {
+                        tracing::debug!(region = %id, error = %e, "not registered");
+                    }
+                    other => other?,
+                }
             }
             let _ = self.running.set(Running { engine, library, rdma: rdma_here() });
         }
@@ -120,7 +126,8 @@ impl Transport for NixlTransport {
             verifies_arrival: false,
             fuses_digest: false,
             needs_poll: true,
-            device_memory: false,
+            device_memory: true,
+            follows_streams: false,
             default_integrity: Integrity::Full,
         }
     }
@@ -143,7 +150,9 @@ impl Transport for NixlTransport {
     }
 
     fn ticket(&self, region: RegionId, memory: &Arc<Memory>) -> Result<Option<LocalTicket>> {
-        self.register(region, memory)?;
+        if !memory.is_device() || self.engine().is_some() {
+            self.register(region, memory)?;
+        }
         let payload = self.engine().and_then(|engine| engine.ticket(region));
         Ok(payload.map(|payload| LocalTicket { payload: payload.to_vec(), fd: None }))
     }

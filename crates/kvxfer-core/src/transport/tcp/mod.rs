@@ -165,6 +165,7 @@ impl Transport for TcpTransport {
             fuses_digest: false,
             needs_poll: false,
             device_memory: false,
+            follows_streams: false,
             default_integrity: Integrity::Full,
         }
     }
