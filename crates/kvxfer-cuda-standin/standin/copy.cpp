@@ -29,6 +29,7 @@ CUresult queue(uint64_t dst, uint64_t src, size_t size, void *handle) {
   std::shared_ptr<Stream> s;
   if (CUresult r = stream_of(handle, &s)) return r;
   if (size == 0) return SUCCESS;
+  if (!dst || !src) return INVALID_VALUE;
   Place to = place(dst, size), from = place(src, size);
   if (to == Place::nowhere || from == Place::nowhere) return INVALID_VALUE;
   if (from == Place::pageable && to == Place::device) {

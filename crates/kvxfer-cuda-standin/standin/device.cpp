@@ -19,7 +19,7 @@ struct Primary {
   Context *context = nullptr;
   int users = 0;
 };
-Primary primaries[16];
+Primary primaries[MAX_DEVICES];
 std::set<std::pair<Context *, Context *>> reach;
 
 const std::map<CUresult, std::pair<const char *, const char *>> names = {
@@ -72,6 +72,7 @@ std::mutex &world() {
 int devices() {
   const char *visible = getenv("CUDA_VISIBLE_DEVICES");
   int n = knob("KVXSTANDIN_DEVICES", 1);
+  if (n > MAX_DEVICES) n = MAX_DEVICES;
   if (!visible) return n;
   if (!*visible || !strcmp(visible, "-1")) return 0;
   int listed = 1;
@@ -119,7 +120,12 @@ API CUresult cuInit(unsigned flags) {
 API CUresult cuDriverGetVersion(int *version) {
   CALL(cuDriverGetVersion);
   if (!version) return INVALID_VALUE;
-  *version = knob("KVXSTANDIN_VERSION", 12080);
+#ifdef STANDIN_OLD
+  const int own = 12040;
+#else
+  const int own = 12080;
+#endif
+  *version = knob("KVXSTANDIN_VERSION", own);
   return SUCCESS;
 }
 API CUresult cuGetErrorName(CUresult r, const char **out) {

@@ -16,7 +16,8 @@ using namespace standin;
 namespace standin {
 namespace {
 
-constexpr uint64_t ARENA = uint64_t(256) << 30, PAGE = 4096, HUGE = uint64_t(2) << 20;
+// Between two ranges nothing is allocated, so that a copy past an end is seen.
+constexpr uint64_t ARENA = uint64_t(256) << 30, PAGE = 4096, HUGE = uint64_t(2) << 20, GAP = HUGE;
 
 struct Arena {
   uint64_t base, shadow;
@@ -37,7 +38,7 @@ Arena &arena() {
 
 enum class Kind { ordinary, opened, reserved, mapped };
 struct Range {
-  uint64_t size;
+  uint64_t size;  // As asked for; what is mapped is rounded up to pages.
   Kind kind;
   std::shared_ptr<Physical> physical;
   Context *context = nullptr;
@@ -54,14 +55,21 @@ struct Host {
   unsigned flags;
 };
 
+// The tables are never destroyed: threads of the process, and the report at its end, look at them to the last.
+template <class T> T &kept() {
+  static T *t = new T;
+  return *t;
+}
 // Ranges that take room in the arena: allocations, opened handles, reservations.
-std::map<uint64_t, Range> ranges;
+struct Ranges : std::map<uint64_t, Range> {};
 // Physical memory mapped into reservations.
-std::map<uint64_t, Range> mapped;
-std::map<uint64_t, Host> hosts;
-std::set<VirtualHandle *> handles;
-std::map<std::string, uint64_t> opened;
-uint64_t used[16];
+struct Mapped : std::map<uint64_t, Range> {};
+auto &ranges = kept<Ranges>();
+auto &mapped = kept<Mapped>();
+auto &hosts = kept<std::map<uint64_t, Host>>();
+auto &handles = kept<std::set<VirtualHandle *>>();
+auto &opened = kept<std::map<std::string, uint64_t>>();
+uint64_t used[MAX_DEVICES];
 std::atomic<uint64_t> next_id{1};
 
 uint64_t up(uint64_t n, uint64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -70,7 +78,7 @@ uint64_t place_for(uint64_t size, uint64_t unit) {
   uint64_t at = up(arena().base, unit);
   for (auto &[base, r] : ranges) {
     if (base >= at + size) break;
-    at = up(base + r.size, unit);
+    at = up(base + r.size + 1, unit) + GAP;
   }
   return at + size <= arena().base + ARENA ? at : 0;
 }
@@ -144,6 +152,7 @@ std::shared_mutex &mapping() {
 bool is_device(uint64_t at) { return at >= arena().base && at < arena().base + ARENA; }
 
 void *translate(uint64_t at, size_t size) {
+  if (at + size < at) return nullptr;
   std::lock_guard<std::mutex> hold(world());
   for (uint64_t p = at; p < at + size || p == at;) {
     auto [base, r] = behind(p);
@@ -155,6 +164,7 @@ void *translate(uint64_t at, size_t size) {
 }
 
 bool is_pinned(uint64_t at, size_t size) {
+  if (at + size < at) return false;
   std::lock_guard<std::mutex> hold(world());
   auto it = hosts.upper_bound(at);
   if (it == hosts.begin()) return false;
@@ -173,7 +183,7 @@ void forget_context(Context *c) {
   std::lock_guard<std::mutex> hold(world());
   for (auto it = ranges.begin(); it != ranges.end();) {
     if (it->second.context == c && it->second.kind == Kind::ordinary) {
-      unmap_view(it->first, it->second.size);
+      unmap_view(it->first, up(it->second.size, PAGE));
       live("allocations", -1);
       it = ranges.erase(it);
     } else {
@@ -196,7 +206,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr *out, size_t size) {
   uint64_t at = place_for(bytes, PAGE);
   if (!at || !map_view(at, *physical, 0, bytes)) return OUT_OF_MEMORY;
   memset(view(at), 0xA5, bytes);  // Whoever counts on zeros is wrong.
-  ranges[at] = {bytes, Kind::ordinary, physical, c, id, true, 1};
+  ranges[at] = {size, Kind::ordinary, physical, c, id, true, 1};
   live("allocations", 1);
   *out = at;
   return SUCCESS;
@@ -208,7 +218,7 @@ API CUresult cuMemFree_v2(CUdeviceptr at) {
   std::lock_guard<std::mutex> hold(world());
   auto it = ranges.find(at);
   if (it == ranges.end() || it->second.kind != Kind::ordinary) return INVALID_VALUE;
-  unmap_view(at, it->second.size);
+  unmap_view(at, up(it->second.size, PAGE));
   ranges.erase(it);
   live("allocations", -1);
   return SUCCESS;
@@ -321,7 +331,7 @@ API CUresult cuPointerGetAttributes(unsigned n, int *which, void **data, CUdevic
   READY(cuPointerGetAttributes);
   if (!n || !which || !data) return INVALID_VALUE;
   for (unsigned i = 0; i < n; ++i)
-    if (CUresult r = attribute(data[i], which[i], at, false)) return r;
+    if (CUresult r = data[i] ? attribute(data[i], which[i], at, false) : INVALID_VALUE) return r;
   return SUCCESS;
 }
 API CUresult cuPointerSetAttribute(const void *, int which, CUdeviceptr at) {
@@ -386,9 +396,13 @@ API CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *out, Raw raw, unsigned flags) {
   if (readlink(path, target, sizeof target - 1) < 0 || strncmp(target, name, strlen(name))) return CANNOT_MAP;
   int fd = open(path, O_RDWR | O_CLOEXEC);
   if (fd < 0) return CANNOT_MAP;
-  auto physical = std::make_shared<Physical>(fd, h.size, c->device);
+  int on = -1;
+  sscanf(target + strlen(name), "%d", &on);
+  // A device that is not reached cannot be mapped.
+  if (on != c->device && knob("KVXSTANDIN_NO_PEER", 0)) return close(fd), PEER_ACCESS_UNSUPPORTED;
+  auto physical = std::make_shared<Physical>(fd, h.size, on);
   uint64_t at = place_for(h.size, PAGE);
-  if (!at || !map_view(at, *physical, 0, h.size)) return CANNOT_MAP;
+  if (!at || !map_view(at, *physical, 0, up(h.size, PAGE))) return CANNOT_MAP;
   ranges[at] = {h.size, Kind::opened, physical, c, h.id, true, 1};
   opened[key] = at;
   live("opened handles", 1);
@@ -403,7 +417,7 @@ API CUresult cuIpcCloseMemHandle(CUdeviceptr at) {
   auto it = ranges.find(at);
   if (it == ranges.end() || it->second.kind != Kind::opened) return INVALID_VALUE;
   if (--it->second.users) return SUCCESS;
-  unmap_view(at, it->second.size);
+  unmap_view(at, up(it->second.size, PAGE));
   ranges.erase(it);
   for (auto o = opened.begin(); o != opened.end();) o = o->second == at ? opened.erase(o) : std::next(o);
   live("opened handles", -1);
@@ -426,7 +440,9 @@ struct Access {
   Location location;
   int flags;
 };
-bool good(const Properties *p) { return p && p->type == 1 && p->location.type == 1 && p->location.id < devices(); }
+bool good(const Properties *p) {
+  return p && p->type == 1 && p->location.type == 1 && p->location.id >= 0 && p->location.id < devices();
+}
 }  // namespace
 
 API CUresult cuMemGetAllocationGranularity(size_t *out, const Properties *p, int) {
@@ -482,7 +498,8 @@ API CUresult cuMemMap(CUdeviceptr at, size_t size, size_t offset, VirtualHandle 
   std::lock_guard<std::mutex> hold(world());
   auto [base, r] = find(ranges, at);
   if (!handles.count(h) || offset || flags || size % HUGE || size > h->physical->size) return INVALID_VALUE;
-  if (!r || r->kind != Kind::reserved || at + size > base + r->size) return INVALID_VALUE;
+  if (!r || r->kind != Kind::reserved || at + size > base + r->size || at % HUGE) return INVALID_VALUE;
+  if (auto next = mapped.lower_bound(at); next != mapped.end() && next->first < at + size) return INVALID_VALUE;
   if (!map_view(at, *h->physical, 0, size)) return CANNOT_MAP;
   mapped[at] = {size, Kind::mapped, h->physical, nullptr, new_id(), false, 1};
   live("mappings", 1);

@@ -36,7 +36,7 @@ std::set<Module *> modules;
 void complain(unsigned n, const int *options, void **values, const char *text) {
   char *buffer = nullptr;
   size_t size = 0;
-  for (unsigned i = 0; i < n; ++i) {
+  for (unsigned i = 0; options && values && i < n; ++i) {
     if (options[i] == 5) buffer = static_cast<char *>(values[i]);
     if (options[i] == 6) size = size_t(values[i]);
   }
@@ -114,7 +114,7 @@ API CUresult cuLaunchKernel(Function *f, unsigned gx, unsigned gy, unsigned gz, 
   READY(cuLaunchKernel);
   std::shared_ptr<Stream> s;
   if (CUresult r = stream_of(handle, &s)) return r;
-  if (!f || !gx || !gy || !gz || !bx || !by || !bz || uint64_t(bx) * by * bz > 1024 || extra || shared > 227 << 10)
+  if (!f || !parameters || !gx || !gy || !gz || !bx || !by || !bz || uint64_t(bx) * by * bz > 1024 || extra || shared > 227 << 10)
     return INVALID_VALUE;
   const standin_twin *twin = f->twin;
   auto copy = std::make_shared<std::vector<std::string>>();

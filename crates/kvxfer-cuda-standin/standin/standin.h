@@ -44,6 +44,8 @@ enum : CUresult {
 
 namespace standin {
 
+constexpr int MAX_DEVICES = 16;
+
 struct Stream;
 
 struct Context {
@@ -61,6 +63,8 @@ struct Stream {
   explicit Stream(Context *c, int priority);
   ~Stream();
   void push(std::function<CUresult()> work);
+  // Runs also after an error; is told of it.
+  void push_mark(std::function<CUresult(bool broken)> work);
   bool idle();
   void drain();
 
@@ -71,7 +75,7 @@ struct Stream {
   void run();
   std::mutex lock_;
   std::condition_variable changed_;
-  std::deque<std::function<CUresult()>> queue_;
+  std::deque<std::function<CUresult(bool)>> queue_;
   bool busy_ = false, ended_ = false;
   std::thread thread_;
 };
@@ -81,7 +85,9 @@ struct Event {
   struct State {
     std::mutex lock;
     std::condition_variable changed;
-    uint64_t recorded = 0, reached = 0;
+    uint64_t recorded = 0;
+    std::map<uint64_t, bool> reached;  // By record: two streams may come past theirs in any order.
+    bool has(uint64_t mark) { return mark == 0 || reached[mark]; }
     double at = 0;
   };
   Context *context;

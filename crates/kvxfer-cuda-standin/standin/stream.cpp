@@ -34,6 +34,10 @@ Stream::~Stream() {
 }
 
 void Stream::push(std::function<CUresult()> work) {
+  push_mark([work = std::move(work)](bool broken) { return broken ? SUCCESS : work(); });
+}
+
+void Stream::push_mark(std::function<CUresult(bool)> work) {
   std::lock_guard<std::mutex> hold(lock_);
   queue_.push_back(std::move(work));
   changed_.notify_all();
@@ -59,8 +63,8 @@ void Stream::run() {
     busy_ = true;
     hold.unlock();
     pause_for_delay();
-    // After an error nothing of the context runs any more; events are still reached.
-    if (CUresult r = work()) {
+    // After an error only marks are passed (they are what somebody may wait for); nothing else of the context runs.
+    if (CUresult r = work(context->sticky != SUCCESS)) {
       int none = SUCCESS;
       context->sticky.compare_exchange_strong(none, r);
     }
@@ -192,9 +196,10 @@ API CUresult cuEventRecord(Event *e, void *handle) {
     std::lock_guard<std::mutex> hold(state->lock);
     mark = ++state->recorded;
   }
-  s->push([state, mark] {
+  s->push_mark([state, mark](bool) -> CUresult {
     std::lock_guard<std::mutex> hold(state->lock);
-    if (mark > state->reached) state->reached = mark, state->at = now();
+    state->reached[mark] = true;
+    state->at = now();
     state->changed.notify_all();
     return SUCCESS;
   });
@@ -205,7 +210,7 @@ API CUresult cuEventQuery(Event *e) {
   EVENT(e, state);
   if (CUresult r = e->context->sticky) return r;
   std::lock_guard<std::mutex> hold(state->lock);
-  return state->reached == state->recorded ? SUCCESS : NOT_READY;
+  return state->has(state->recorded) ? SUCCESS : NOT_READY;
 }
 API CUresult cuEventSynchronize(Event *e) {
   READY(cuEventSynchronize);
@@ -213,7 +218,7 @@ API CUresult cuEventSynchronize(Event *e) {
   {
     std::unique_lock<std::mutex> hold(state->lock);
     uint64_t mark = state->recorded;
-    state->changed.wait(hold, [&] { return state->reached >= mark; });
+    state->changed.wait(hold, [&] { return state->has(mark); });
   }
   return e->context->sticky;
 }
@@ -235,9 +240,9 @@ API CUresult cuStreamWaitEvent(void *handle, Event *e, unsigned) {
     std::lock_guard<std::mutex> hold(state->lock);
     mark = state->recorded;
   }
-  s->push([state, mark] {
+  s->push_mark([state, mark](bool) -> CUresult {
     std::unique_lock<std::mutex> hold(state->lock);
-    state->changed.wait(hold, [&] { return state->reached >= mark; });
+    state->changed.wait(hold, [&] { return state->has(mark); });
     return SUCCESS;
   });
   return SUCCESS;

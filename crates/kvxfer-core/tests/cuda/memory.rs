@@ -49,7 +49,9 @@ pub(crate) fn kinds_of_device_memory() {
     holds_what_is_written(&part);
     let agent = Agent::builder().name("kinds").build().unwrap();
     let region = agent.register(part.clone()).unwrap();
-    assert_eq!(region.transports(), [TransportKind::CudaIpc]);
+    // NIXL, where it is there, decides when it starts.
+    assert!(region.transports().iter().all(|k| matches!(k, TransportKind::CudaIpc | TransportKind::Nixl)));
+    assert!(region.transports().contains(&TransportKind::CudaIpc));
     assert!(
         region.refused().iter().any(|(k, why)| *k == TransportKind::Shm && why.contains("host memory only"))
     );
