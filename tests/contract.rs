@@ -41,6 +41,12 @@ macro_rules! contract {
             );
         }
     )*};
+    (@device $sides:literal, $($line:ident),*) => {$(
+        #[test]
+        fn $line() {
+            crate::actors::on_devices($sides, concat!("tcp::", stringify!($line)));
+        }
+    )*};
     (@lines $transport:ident, $($file:ident::$line:ident),*) => {$(
         #[test]
         fn $line() {
@@ -50,3 +56,27 @@ macro_rules! contract {
 }
 
 contract!(inproc, shm, cma, tcp, nixl, cuda_ipc);
+
+/// Sockets between GPUs: the same lines on `tcp` with device memory on both sides, or on one of them.
+macro_rules! on_devices {
+    ($($module:ident = $sides:literal;)*) => {$(
+        mod $module {
+            contract!(@device $sides,
+                visible_only_when_written,
+                no_late_write,
+                everything_ends,
+                no_leak,
+                shared_prefixes_are_right,
+                only_the_bytes_that_matter,
+                errors_reach_who_can_act,
+                what_is_read_back_is_right
+            );
+        }
+    )*};
+}
+
+on_devices! {
+    tcp_between_devices = "both";
+    tcp_from_a_device = "sender";
+    tcp_to_a_device = "receiver";
+}

@@ -2,13 +2,18 @@
 
 use std::process::Command;
 
-/// Set in a process that has a driver, the real one or the stand-in.
+/// Set in a process that has a driver, the real one or the stand-in: which sides have device memory.
 const UNDER: &str = "KVXFER_TEST_UNDER_CUDA";
+
+/// Whether `side` has device memory in this process.
+pub(super) fn wanted(side: &str) -> bool {
+    std::env::var(UNDER).is_ok_and(|sides| sides == side || sides == "both")
+}
 
 /// Runs the test of that name in a process with a driver, unless this one is it already. True when it has been dealt with.
 ///
 /// `KVXFER_TEST_GPU=1` takes the machine's own driver and GPU.
-pub(super) fn elsewhere(test: &str) -> bool {
+pub(super) fn elsewhere(test: &str, sides: &str) -> bool {
     if std::env::var_os(UNDER).is_some() {
         return false;
     }
@@ -18,7 +23,7 @@ pub(super) fn elsewhere(test: &str) -> bool {
         return true;
     }
     let mut child = Command::new(std::env::current_exe().expect("own path"));
-    child.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(UNDER, "1");
+    child.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(UNDER, sides);
     if !real {
         child.env("LD_LIBRARY_PATH", kvxfer_cuda_standin::folder());
     }

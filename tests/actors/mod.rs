@@ -277,7 +277,7 @@ pub(crate) fn sender(transport: &str, decoder: &Actor, overlay: &Value) -> Actor
 
 /// Runs `line` on `transport`, or says why that cannot be done here.
 pub(crate) fn on(transport: &str, name: &str, line: fn(&str)) {
-    if transport == "cuda_ipc" && gpu::elsewhere(&format!("{transport}::{name}")) {
+    if transport == "cuda_ipc" && gpu::elsewhere(&format!("{transport}::{name}"), "both") {
         return;
     }
     match unavailable(transport) {
@@ -286,9 +286,14 @@ pub(crate) fn on(transport: &str, name: &str, line: fn(&str)) {
     }
 }
 
-/// Memory of the kind that the transport is for: a GPU's for `cuda_ipc`, else shareable host memory.
-pub(crate) fn memory(transport: &Value, len: usize) -> Result<Arc<Memory>, kvxfer::Error> {
-    if transport == "cuda_ipc" {
+/// Runs a test of this binary with device memory on the named sides.
+pub(crate) fn on_devices(sides: &str, test: &str) {
+    gpu::elsewhere(test, sides);
+}
+
+/// Memory for one side, `sender` or `receiver`: a GPU's where the test asks for it, else shareable host memory.
+pub(crate) fn memory(side: &str, len: usize) -> Result<Arc<Memory>, kvxfer::Error> {
+    if gpu::wanted(side) {
         return Memory::device(&kvxfer::cuda::Device::get(0)?, len);
     }
     Memory::shared(len, HugePages::Try)

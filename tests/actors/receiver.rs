@@ -21,7 +21,7 @@ impl ReceiverRole {
         }
         let agent = agent(&config)?;
         let (pages, geometry) = (config["pages"].as_u64().unwrap_or(8) as u32, geometry(&config));
-        let memory = super::memory(&config["transport"], pages as usize * geometry.page_bytes as usize)?;
+        let memory = super::memory("receiver", pages as usize * geometry.page_bytes as usize)?;
         let receiver = Receiver::with_memory(
             &agent,
             ReceiverConfig {

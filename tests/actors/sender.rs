@@ -27,7 +27,7 @@ impl SenderRole {
         let agent = agent(config)?;
         let page = geometry(config).page_bytes;
         let slots = config["slots"].as_u64().unwrap_or(64);
-        let source = agent.register(super::memory(&config["transport"], (page * slots) as usize)?)?;
+        let source = agent.register(super::memory("sender", (page * slots) as usize)?)?;
         let mut role = Self {
             agent,
             sender: None,

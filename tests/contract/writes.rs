@@ -112,8 +112,9 @@ fn after_cancel_nothing_changes(transport: &str) {
     let build = |name: &str| Agent::builder().name(unique(name)).allow([kind]);
     let passive = build("passive").listen("tcp://127.0.0.1:0").build().unwrap();
     let active = build("active").build().unwrap();
-    let memory = || crate::actors::memory(&json!(transport), LEN).unwrap();
-    let (target, source) = (passive.register(memory()).unwrap(), active.register(memory()).unwrap());
+    let memory = |side| crate::actors::memory(side, LEN).unwrap();
+    let target = passive.register(memory("receiver")).unwrap();
+    let source = active.register(memory("sender")).unwrap();
     passive.export(&target, "target", Access::ReadWrite).unwrap();
     let peer = active.connect(&passive.addresses()[0], Duration::from_secs(10)).unwrap();
     let remote = peer.region("target", Duration::from_secs(10)).unwrap();

@@ -85,6 +85,8 @@ pub struct TcpConfig {
     pub io_threads: usize,
     /// Bytes of one frame; the unit of checking, cancelling and striping.
     pub frame_bytes: u32,
+    /// Frames of a GPU's memory that are copied to pinned memory ahead of the socket, per data connection.
+    pub staging_depth: usize,
 }
 
 /// NIXL settings. UCX's and NIXL's own environment variables keep their meaning.
@@ -129,7 +131,7 @@ impl Default for AgentConfig {
 
 impl Default for TcpConfig {
     fn default() -> Self {
-        Self { streams: 2, io_threads: 2, frame_bytes: 1 << 20 }
+        Self { streams: 2, io_threads: 2, frame_bytes: 1 << 20, staging_depth: 4 }
     }
 }
 
@@ -234,6 +236,12 @@ impl AgentConfig {
             if value == 0 {
                 return Err(bad(key, "0: at least 1 is needed; forbid the transport to do without it"));
             }
+        }
+        if !(1..=64).contains(&self.tcp.staging_depth) {
+            return Err(bad(
+                "tcp.staging_depth",
+                format!("{} is not within 1 to 64", self.tcp.staging_depth),
+            ));
         }
         if !(4 << 10..=64 << 20).contains(&self.tcp.frame_bytes) {
             return Err(bad(

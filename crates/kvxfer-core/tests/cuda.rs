@@ -47,6 +47,8 @@ scenarios! {
     copies::two_devices_that_do_not_reach_each_other [KVXSTANDIN_DEVICES = "2", KVXSTANDIN_NO_PEER = "1"];
     copies::a_driver_without_batched_copies [LD_LIBRARY_PATH = "old"];
     copies::kernels_that_do_not_load_are_replaced_by_copies [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
+    copies::sockets [KVXSTANDIN_DELAY_US = "200"];
+    copies::sockets_and_a_failing_device [KVXSTANDIN_DELAY_US = "50"];
     copies::scattered_blocks_of_a_whole_prompt;
     copies::nothing_is_read_before_the_fence [KVXSTANDIN_DEVICES = "1"];
     copies::other_transports_wait_for_the_fence [KVXSTANDIN_DEVICES = "1"];

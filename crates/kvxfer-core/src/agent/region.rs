@@ -213,6 +213,10 @@ impl RemoteInner {
             match imported {
                 Ok(key) => keys.push((index, key)),
                 Err(e) => {
+                    if path.candidate.kind == TransportKind::CudaIpc {
+                        // Other ways are much slower: whoever wonders why finds it here.
+                        tracing::warn!(peer = %peer.info.name, region = advert.name, error = %e, "not reached by cuda_ipc");
+                    }
                     tracing::debug!(peer = %peer.info.name, transport = ticket.transport, error = %e, "not imported");
                     refused.push((path.candidate.kind, e.to_string()));
                 }

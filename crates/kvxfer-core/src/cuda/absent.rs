@@ -1,7 +1,8 @@
 //! What stands in CUDA's place in a build without it: types that no value has.
 
-use crate::{Error, Result};
+use crate::{Error, Memory, Result};
 use kvxfer_proto::ErrorCode;
+use std::sync::Arc;
 
 pub(super) fn error() -> Error {
     Error::failed(ErrorCode::NotAvailable, "CUDA not available: built without the feature `cuda`")
@@ -27,6 +28,9 @@ pub(crate) struct Pin(Never);
 impl Device {
     /// Always an error in this build.
     pub fn get(_ordinal: i32) -> Result<Self> {
+        Err(error())
+    }
+    pub(crate) fn any() -> Result<Self> {
         Err(error())
     }
     /// Its number among the visible devices.
@@ -97,5 +101,42 @@ impl Block {
 impl Pin {
     pub(crate) unsafe fn new(_device: &Device, _base: usize, _len: usize) -> Result<Self> {
         Err(error())
+    }
+}
+
+pub(crate) type Then = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+pub(crate) struct Staging;
+
+pub(crate) struct Slot(Never);
+
+pub(crate) struct Landing(Never);
+
+impl Staging {
+    #[expect(clippy::unused_self, reason = "as with CUDA")]
+    pub(crate) fn slot(self: &Arc<Self>, _device: &Device, _len: usize) -> Result<Slot> {
+        Err(error())
+    }
+}
+
+impl Slot {
+    pub(crate) fn memory(&self) -> Option<&Arc<Memory>> {
+        match self.0 {}
+    }
+    pub(crate) fn fill(&self, _from: &Arc<Memory>, _ranges: &[(u64, u32)], _then: Then) -> Result<Landing> {
+        match self.0 {}
+    }
+    pub(crate) fn empty(&self, _to: &Arc<Memory>, _ranges: &[(u64, u32)], _then: Then) -> Result<Landing> {
+        match self.0 {}
+    }
+}
+
+impl Landing {
+    pub(crate) fn is_done(&mut self) -> Result<bool> {
+        match self.0 {}
+    }
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        match self.0 {}
     }
 }

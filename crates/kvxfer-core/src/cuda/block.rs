@@ -186,8 +186,12 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // Its own copies were waited for; transfers hold the memory until they have ended.
-        drop(self.stream.take());
+        // Transfers hold the memory until they have ended. Of its own copies one may be queued still, when waiting for it failed.
+        if let Some(stream) = self.stream.take()
+            && let Err(e) = stream.synchronize()
+        {
+            tracing::debug!(error = %e, "before device memory is freed");
+        }
         if matches!(self.owner, Owner::Allocated)
             && let Ok(_here) = self.device.enter()
         {

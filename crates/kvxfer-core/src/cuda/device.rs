@@ -58,6 +58,12 @@ impl Device {
         Ok(Self(inner))
     }
 
+    /// One that is in use already, so that no context is made for its sake; else the first.
+    pub(crate) fn any() -> Result<Self> {
+        let known = DEVICES.lock().values().find_map(Weak::upgrade);
+        known.map_or_else(|| Self::get(0), |inner| Ok(Self(inner)))
+    }
+
     /// The visible device of that UUID.
     pub(crate) fn with_uuid(uuid: &[u8; 16]) -> Result<Self> {
         driver::driver()?;

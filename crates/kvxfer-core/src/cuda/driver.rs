@@ -20,7 +20,7 @@ const OLDEST: i32 = 12_000;
 
 /// What the code around this calls without asking first. A library without one of them is refused in words, where the binding
 /// would panic.
-const NEEDED: [&str; 46] = [
+const NEEDED: [&str; 47] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -67,6 +67,7 @@ const NEEDED: [&str; 46] = [
     "cuEventRecord",
     "cuModuleLoadDataEx",
     "cuLaunchKernel",
+    "cuLaunchHostFunc",
 ];
 
 /// The driver, loaded at the first call. The same answer ever after: a machine does not get a driver while a process runs.

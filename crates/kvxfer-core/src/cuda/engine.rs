@@ -271,6 +271,13 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// Runs `then` when stream `stream` has done what it was given so far.
+    pub(crate) fn when_done(&self, stream: usize, then: Box<dyn FnOnce() + Send>) -> Result<()> {
+        self.streams[stream % STREAMS].when_done(then)
+    }
+}
+
 impl Flight {
     /// Whether it has ended; an error when the device failed (it touches nothing any more then either).
     pub(crate) fn poll(&mut self) -> Result<bool> {

@@ -20,6 +20,8 @@ mod ipc;
 #[cfg(feature = "cuda")]
 mod kernels;
 #[cfg(feature = "cuda")]
+mod staging;
+#[cfg(feature = "cuda")]
 mod stream;
 #[cfg(feature = "cuda")]
 mod vmm;
@@ -27,7 +29,7 @@ mod vmm;
 #[cfg(not(feature = "cuda"))]
 mod absent;
 #[cfg(not(feature = "cuda"))]
-pub(crate) use absent::{Block, Pin};
+pub(crate) use absent::{Block, Landing, Pin, Slot, Staging, Then};
 #[cfg(not(feature = "cuda"))]
 pub use absent::{Device, Fence};
 #[cfg(feature = "cuda")]
@@ -40,6 +42,8 @@ pub(crate) use driver::library;
 pub(crate) use engine::{Engine, Flight, Move};
 #[cfg(feature = "cuda")]
 pub(crate) use ipc::{Export, HANDLE, Opened, Way, export};
+#[cfg(feature = "cuda")]
+pub(crate) use staging::{Landing, Slot, Staging, Then};
 #[cfg(feature = "cuda")]
 pub use stream::Fence;
 

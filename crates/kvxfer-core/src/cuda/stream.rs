@@ -57,6 +57,27 @@ impl Stream {
         // SAFETY: both handles live.
         check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) })
     }
+    /// Runs `then` on a thread of the driver once everything given to the stream so far has been done. It must be short and make no
+    /// call of CUDA; it is not run when the device fails.
+    pub(crate) fn when_done(&self, then: Box<dyn FnOnce() + Send>) -> Result<()> {
+        unsafe extern "C" fn run(data: *mut std::ffi::c_void) {
+            // SAFETY: made from such a box below, and given to the driver once.
+            let then = unsafe { Box::from_raw(data.cast::<Box<dyn FnOnce() + Send>>()) };
+            // A panic must not cross the driver.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(then)).is_err() {
+                tracing::error!("a call at the end of a copy panicked");
+            }
+        }
+        let data = Box::into_raw(Box::new(then)).cast();
+        let _here = self.device.enter()?;
+        // SAFETY: the function takes the pointer it is given here, once.
+        let result = check("cuLaunchHostFunc", unsafe { sys::cuLaunchHostFunc(self.raw, Some(run), data) });
+        if result.is_err() {
+            // SAFETY: the driver did not take it.
+            drop(unsafe { Box::from_raw(data.cast::<Box<dyn FnOnce() + Send>>()) });
+        }
+        result
+    }
     /// Blocks until it has done everything.
     pub(crate) fn synchronize(&self) -> Result<()> {
         let _here = self.device.enter()?;

@@ -69,7 +69,7 @@ impl Memory {
         let _one = PINNING.lock();
         if self.pin.get().is_none() {
             // SAFETY: mapped for as long as `self` lives, and the pin goes first.
-            let pin = unsafe { Pin::new(&Device::get(0)?, self.as_ptr() as usize, self.len) }?;
+            let pin = unsafe { Pin::new(&Device::any()?, self.as_ptr() as usize, self.len) }?;
             let _ = self.pin.set(pin);
         }
         Ok(())

@@ -13,7 +13,12 @@
 
 mod device;
 mod limits;
+#[cfg(feature = "cuda")]
+mod numa;
 mod shared;
+
+#[cfg(feature = "cuda")]
+pub(crate) use numa::near_node;
 
 use crate::cuda::{Block, Pin};
 use crate::{Error, Result};

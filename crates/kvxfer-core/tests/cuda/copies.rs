@@ -40,8 +40,12 @@ pub(crate) struct Pair {
 
 impl Pair {
     pub(crate) fn new(local: Arc<Memory>, target: Arc<Memory>) -> Self {
-        let passive = Agent::builder().name("passive").listen("tcp://127.0.0.1:0").build().unwrap();
-        let active = Agent::builder().name("active").build().unwrap();
+        Self::over(&TransportKind::ALL, local, target)
+    }
+    fn over(allow: &[TransportKind], local: Arc<Memory>, target: Arc<Memory>) -> Self {
+        let build = |name| Agent::builder().name(name).allow(allow.iter().copied());
+        let passive = build("passive").listen("tcp://127.0.0.1:0").build().unwrap();
+        let active = build("active").build().unwrap();
         let (local, target) = (active.register(local).unwrap(), passive.register(target).unwrap());
         passive.export(&target, "target", Access::ReadWrite).unwrap();
         let peer = active.connect(&passive.addresses()[0], SOON).unwrap();
@@ -157,6 +161,74 @@ pub(crate) fn a_driver_without_batched_copies() {
 
 pub(crate) fn kernels_that_do_not_load_are_replaced_by_copies() {
     a_driver_without_batched_copies();
+}
+
+/// Sockets reach no device: bytes pass through pinned slots, several frames at a time, in both directions and with either side or both
+/// on a device.
+pub(crate) fn sockets() {
+    const LEN: usize = 5 << 20;
+    let device = Device::get(0).unwrap();
+    let on_device = || Memory::device(&device, LEN).unwrap();
+    let on_host = || Memory::shared(LEN, HugePages::Try).unwrap();
+    for (local, target) in [(on_device(), on_device()), (on_device(), on_host()), (on_host(), on_device())] {
+        let pair = Pair::over(&[TransportKind::Tcp], local.clone(), target.clone());
+        for (round, n) in [1, 7, 3000].into_iter().enumerate() {
+            let len = LEN as u64 / n;
+            let pieces: Vec<_> = (0..n)
+                .map(|i| Piece { local_offset: (n - 1 - i) * len, remote_offset: i * len, len })
+                .collect();
+            let source = noise(LEN, round as u64 + 1);
+            local.write_at(0, &source).unwrap();
+            target.write_at(0, &vec![0; LEN]).unwrap();
+            pair.write(&pieces, TransferOptions::default());
+            let arrived = bytes(&target);
+            for p in &pieces {
+                let (a, b, n) = (p.local_offset as usize, p.remote_offset as usize, p.len as usize);
+                assert!(arrived[b..b + n] == source[a..a + n], "write of {} pieces", pieces.len());
+            }
+            local.write_at(0, &vec![0; LEN]).unwrap();
+            let t = pair.peer.read(&pair.local, &pair.remote, &pieces, TransferOptions::default()).unwrap();
+            assert_eq!(t.transport(), TransportKind::Tcp);
+            assert_eq!(t.wait(SOON).unwrap().error, None);
+            let whole = (len * pieces.len() as u64) as usize;
+            assert!(bytes(&local)[..whole] == source[..whole], "read of {} pieces", pieces.len());
+        }
+        // Cancelled in the middle: once it has ended no byte changes.
+        for round in 0..20 {
+            let t =
+                pair.peer.write(&pair.local, &pair.remote, &whole(LEN), TransferOptions::default()).unwrap();
+            std::thread::sleep(Duration::from_micros(round * 200));
+            t.cancel();
+            t.wait(SOON).unwrap();
+            let at_end = bytes(&target);
+            local.write_at(0, &noise(LEN, round)).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
+            assert!(bytes(&target) == at_end, "a byte changed after the end");
+        }
+        pair.end();
+    }
+}
+
+/// Copies that fail on the way to or from a socket fail the transfer, and the next one is right.
+pub(crate) fn sockets_and_a_failing_device() {
+    const LEN: usize = 3 << 20;
+    let device = Device::get(0).unwrap();
+    let memory = || Memory::device(&device, LEN).unwrap();
+    let (local, target) = (memory(), memory());
+    let source = noise(LEN, 3);
+    local.write_at(0, &source).unwrap();
+    let pair = Pair::over(&[TransportKind::Tcp], local, target.clone());
+    let mut failed = 0;
+    for _ in 0..12 {
+        crate::memory::standin_fails_next("cuMemcpyAsync");
+        let t = pair.peer.write(&pair.local, &pair.remote, &whole(LEN), TransferOptions::default()).unwrap();
+        let report = t.wait(SOON).unwrap();
+        failed += u32::from(report.error.is_some());
+        pair.write(&whole(LEN), TransferOptions::default());
+        assert!(bytes(&target) == source);
+    }
+    assert!(failed > 0);
+    pair.end();
 }
 
 /// 20,032 blocks by one transfer, in a random order.

@@ -50,7 +50,10 @@ pub(crate) fn kinds_of_device_memory() {
     let agent = Agent::builder().name("kinds").build().unwrap();
     let region = agent.register(part.clone()).unwrap();
     // NIXL, where it is there, decides when it starts.
-    assert!(region.transports().iter().all(|k| matches!(k, TransportKind::CudaIpc | TransportKind::Nixl)));
+    let taken = region.transports();
+    assert!(
+        taken.iter().all(|k| matches!(k, TransportKind::CudaIpc | TransportKind::Nixl | TransportKind::Tcp))
+    );
     assert!(region.transports().contains(&TransportKind::CudaIpc));
     assert!(
         region.refused().iter().any(|(k, why)| *k == TransportKind::Shm && why.contains("host memory only"))

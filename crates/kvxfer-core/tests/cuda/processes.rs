@@ -150,7 +150,8 @@ pub(crate) fn a_host_pool_of_another_process() {
 
 pub(crate) fn memory_that_cannot_be_shared_is_named() {
     let other = Other::start("device", &[]);
-    let agent = Agent::builder().name("me").build().unwrap();
+    // Nothing but the direct way: sockets would do otherwise.
+    let agent = Agent::builder().name("me").allow([TransportKind::CudaIpc]).build().unwrap();
     let peer = other.connect(&agent);
     let e = peer.region("memory", SOON).unwrap_err();
     assert_eq!(e.code(), ErrorCode::NotAvailable, "{e}");
@@ -210,5 +211,5 @@ pub(crate) fn a_hidden_device_is_named() {
 fn hidden_from_us() -> Agent {
     // SAFETY: no other thread of this process reads the environment at this moment.
     unsafe { std::env::set_var("CUDA_VISIBLE_DEVICES", "0") };
-    Agent::builder().name("me").build().unwrap()
+    Agent::builder().name("me").allow([TransportKind::CudaIpc]).build().unwrap()
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 const MIB: u64 = 1 << 20;
 
 fn small_frames(streams: u16) -> TcpConfig {
-    TcpConfig { streams, io_threads: 1, frame_bytes: 64 << 10 }
+    TcpConfig { streams, io_threads: 1, frame_bytes: 64 << 10, ..TcpConfig::default() }
 }
 
 fn megabytes(n: u64) -> Vec<Piece> {
@@ -360,6 +360,7 @@ fn settings_out_of_range_are_named() {
         (TcpConfig { streams: 0, ..TcpConfig::default() }, "tcp.streams: 0"),
         (TcpConfig { streams: 65, ..TcpConfig::default() }, "tcp.streams: 65"),
         (TcpConfig { io_threads: 0, ..TcpConfig::default() }, "tcp.io_threads: 0"),
+        (TcpConfig { staging_depth: 0, ..TcpConfig::default() }, "tcp.staging_depth: 0"),
         (TcpConfig { frame_bytes: 100, ..TcpConfig::default() }, "tcp.frame_bytes: 100"),
     ] {
         let e = kvxfer_core::transport::tcp::TcpTransport::new(&config, PATIENCE).map(drop).unwrap_err();

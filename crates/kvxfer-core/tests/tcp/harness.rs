@@ -27,7 +27,7 @@ pub fn fresh() -> u64 {
 }
 
 pub fn config(streams: u16) -> TcpConfig {
-    TcpConfig { streams, io_threads: 1, frame_bytes: 256 << 10 }
+    TcpConfig { streams, io_threads: 1, frame_bytes: 256 << 10, ..TcpConfig::default() }
 }
 
 /// A transport with a listener.

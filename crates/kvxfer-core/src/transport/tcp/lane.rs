@@ -7,14 +7,15 @@ use super::link::{Finished, Inner};
 use super::receive::Receiver;
 use super::scatter::Scatter;
 use super::send::Sender;
+use crate::cuda::Landing;
 use crate::{Error, Result};
 use kvxfer_proto::{ErrorCode, Integrity};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// One stream of a link.
@@ -56,6 +57,8 @@ pub(super) struct Reply {
     pub(super) job: u64,
     pub(super) seq: u32,
     pub(super) integrity: Integrity,
+    /// The bytes are still on their way from a device. Goes before what they are written to.
+    pub(super) filling: Option<Landing>,
     pub(super) bytes: Result<Scatter, ErrorCode>,
 }
 
@@ -70,11 +73,69 @@ pub(super) struct Ledger {
     pub(super) asked_bytes: u64,
     /// Acknowledgements to send.
     pub(super) acks: VecDeque<Ack>,
+    /// What arrived and is being taken to a device, or came after such bytes: acknowledged in the order of its coming.
+    pub(super) landing: VecDeque<Arrived>,
+    /// Wakes this stream when a copy has ended.
+    wake: Weak<Lane>,
     /// Answers to send.
     pub(super) replies: VecDeque<Reply>,
 }
 
+/// A frame whose payload has arrived and passed its check.
+pub(super) struct Arrived {
+    /// Keeps the slot until the bytes are on the device.
+    pub(super) landing: Option<(Landing, Scatter)>,
+    pub(super) then: Then,
+}
+
+/// What follows once its bytes are where they belong.
+#[derive(Clone, Copy)]
+pub(super) enum Then {
+    Ack(Ack),
+    /// A read of ours is complete.
+    Read(Sent),
+}
+
 impl Ledger {
+    /// To be called when a copy of this stream has ended.
+    pub(super) fn waker(&self) -> crate::cuda::Then {
+        let wake = self.wake.clone();
+        Box::new(move || {
+            if let Some(lane) = wake.upgrade() {
+                lane.kick();
+            }
+        })
+    }
+
+    /// Goes on with what has landed on a device.
+    pub(super) fn landed(&mut self, link: &Inner, finished: &mut Finished) {
+        while let Some(arrived) = self.landing.front_mut() {
+            let code = match arrived.landing.as_mut().map(|(landing, _)| landing.is_done()) {
+                Some(Ok(false)) => return,
+                None | Some(Ok(true)) => None,
+                Some(Err(e)) => {
+                    tracing::warn!(peer = link.name, error = %e, "bytes that arrived did not reach the device");
+                    Some(ErrorCode::Transport)
+                }
+            };
+            match arrived.then {
+                Then::Ack(ack) => self.acks.push_back(Ack { code: code.unwrap_or(ack.code), ..ack }),
+                Then::Read(sent) => {
+                    link.end_receive(sent.job, Some((sent.cut, code.unwrap_or(ErrorCode::Ok))), finished);
+                }
+            }
+            self.landing.pop_front();
+        }
+    }
+
+    /// An acknowledgement that is due, after all that came before.
+    pub(super) fn acknowledge(&mut self, ack: Ack) {
+        if self.landing.is_empty() {
+            self.acks.push_back(ack);
+        } else {
+            self.landing.push_back(Arrived { landing: None, then: Then::Ack(ack) });
+        }
+    }
     pub(super) fn may_write(&self) -> bool {
         self.sent.len() < WINDOW_FRAMES && self.sent_bytes < WRITE_WINDOW
     }
@@ -135,7 +196,7 @@ impl Lane {
         let text = |a: std::io::Result<std::net::SocketAddr>| a.map_or("?".into(), |a| a.to_string());
         let addresses = format!("{} to {}", text(socket.local_addr()), text(socket.peer_addr()));
         let (worker, token) = link.engine.worker()?;
-        let lane = Arc::new(Self {
+        let lane = Arc::new_cyclic(|me| Self {
             token,
             index,
             addresses,
@@ -151,7 +212,7 @@ impl Lane {
                 writable: true,
                 receiver: Receiver::new(),
                 sender: Sender::new(is_local(&socket)),
-                ledger: Ledger::default(),
+                ledger: Ledger { wake: me.clone(), ..Ledger::default() },
             }),
         });
         let mut io = lane.io.lock();
@@ -212,6 +273,16 @@ impl Lane {
         if let Some(job) = io.receiver.abandon(jobs) {
             self.link.end_receive(job, None, finished);
         }
+        // What is on its way to a device cannot be called back, but it is there in a moment.
+        for arrived in &mut io.ledger.landing {
+            if let (Then::Read(sent), Some((landing, _))) = (arrived.then, &mut arrived.landing)
+                && jobs.contains(&sent.job)
+                && let Err(e) = landing.wait()
+            {
+                tracing::debug!(error = %e, "an abandoned read");
+            }
+        }
+        io.ledger.landed(&self.link, finished);
     }
 
     /// Closes the socket and lets go of all memory.
@@ -235,6 +306,7 @@ impl Lane {
 impl Io {
     fn step(&mut self, link: &Inner, scratch: &mut Scratch) -> Result<bool, Broken> {
         let Some(socket) = &self.socket else { return Ok(false) };
+        self.ledger.landed(link, &mut scratch.finished);
         if self.readable {
             self.readable = self.receiver.pump(socket.as_fd(), link, &mut self.ledger, scratch)?;
         }

@@ -8,6 +8,8 @@ use super::frame::{MAX_PIECES, Ticket, decode_acks};
 use super::job::{Active, Cut, Remote};
 use super::lane::{Lane, Sent};
 use super::region::Regions;
+use crate::config::TcpConfig;
+use crate::cuda::Staging;
 use crate::transport::{Job, Link, Op, RemoteKey, RemoteTicket, Tracker};
 use crate::{Error, Result};
 use kvxfer_proto::{ErrorCode, TransferId};
@@ -26,6 +28,9 @@ pub(super) struct Inner {
     pub(super) session: [u8; 16],
     pub(super) streams: u16,
     pub(super) frame_bytes: u32,
+    /// Frames from a device copied ahead of the socket, per stream.
+    pub(super) staging_depth: usize,
+    pub(super) staging: Arc<Staging>,
     pub(super) peer_timeout: std::time::Duration,
     pub(super) regions: Arc<Regions>,
     pub(super) engine: Arc<Engine>,
@@ -57,17 +62,19 @@ impl Inner {
     pub(super) fn new(
         name: String,
         session: [u8; 16],
-        streams: u16,
-        frame_bytes: u32,
+        config: &TcpConfig,
         peer_timeout: std::time::Duration,
+        staging: Arc<Staging>,
         regions: Arc<Regions>,
         engine: Arc<Engine>,
     ) -> Arc<Self> {
         Arc::new(Self {
             name,
             session,
-            streams,
-            frame_bytes,
+            streams: config.streams,
+            frame_bytes: config.frame_bytes,
+            staging_depth: config.staging_depth,
+            staging,
             peer_timeout,
             regions,
             engine,

@@ -5,8 +5,9 @@
 //! ([`Transport::adopt`]). From then on both sides are equal: each may write and read. Jobs are cut into frames
 //! (`job`); whichever stream can send takes the next frame of the job whose turn it is (`link`), so a transfer
 //! is striped over the streams and several transfers share them fairly. A frame carries many small pieces or a part
-//! of a large one. The kernel copies between sockets and the registered memory itself (`scatter`); nothing is
-//! staged. Each stream is a pair of small state machines (`lane`) driven by an I/O thread (`engine`).
+//! of a large one. The kernel copies between sockets and the registered memory itself (`scatter`); host memory is not
+//! staged. Device memory passes through pinned slots, frame by frame: while a frame is sent the next ones are copied from the
+//! device, and while one is received those before it are copied to the device. Each stream is a pair of small state machines (`lane`) driven by an I/O thread (`engine`).
 //!
 //! Writes are acknowledged frame by frame after the bytes have arrived and passed their check. Answers go ahead of
 //! new frames and receiving never waits for sending, so two sides that saturate each other cannot block each other.
@@ -25,6 +26,7 @@ mod send;
 use super::{Capabilities, Link, LocalTicket, PeerInfo, Role, Transport, TransportKind};
 use crate::agent::Access;
 use crate::config::TcpConfig;
+use crate::cuda::Staging;
 use crate::{Error, Memory, Result};
 use engine::Engine;
 use frame::{MAX_PAYLOAD, MAX_STREAMS, Offer, Preamble};
@@ -43,6 +45,7 @@ pub struct TcpTransport {
     peer_timeout: Duration,
     regions: Arc<Regions>,
     engine: Arc<Engine>,
+    staging: Arc<Staging>,
     listening: RwLock<Vec<SocketAddr>>,
 }
 
@@ -61,11 +64,13 @@ impl TcpTransport {
         };
         check("tcp.streams", config.streams.into(), 1..=MAX_STREAMS.into())?;
         check("tcp.io_threads", config.io_threads as u64, 1..=64)?;
+        check("tcp.staging_depth", config.staging_depth as u64, 1..=64)?;
         check("tcp.frame_bytes", config.frame_bytes.into(), 4096..=MAX_PAYLOAD.into())?;
         Ok(Self {
             config: config.clone(),
             peer_timeout,
             regions: Arc::default(),
+            staging: Arc::default(),
             engine: Engine::new(config.io_threads, SPIN),
             listening: RwLock::default(),
         })
@@ -164,7 +169,7 @@ impl Transport for TcpTransport {
             verifies_arrival: true,
             fuses_digest: false,
             needs_poll: false,
-            device_memory: false,
+            device_memory: true,
             follows_streams: false,
             default_integrity: Integrity::Full,
         }
@@ -205,9 +210,9 @@ impl Transport for TcpTransport {
         let link = Inner::new(
             peer.name.to_string(),
             peer.session,
-            offer.streams.min(self.config.streams),
-            self.config.frame_bytes,
+            &TcpConfig { streams: offer.streams.min(self.config.streams), ..self.config.clone() },
             self.peer_timeout,
+            self.staging.clone(),
             self.regions.clone(),
             self.engine.clone(),
         );

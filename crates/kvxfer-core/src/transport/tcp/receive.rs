@@ -6,7 +6,7 @@
 //! the ledger, whose size the peer's window bounds.
 
 use super::frame::{self, Ack, DIGEST_LEN, FrameError, HEADER_LEN, Header, Kind, MAX_TABLE};
-use super::lane::{Broken, Ledger, Reply, STEP_BYTES, Scratch, Sent, WINDOW_FRAMES};
+use super::lane::{Arrived, Broken, Ledger, Reply, STEP_BYTES, Scratch, Sent, Then, WINDOW_FRAMES};
 use super::link::Inner;
 use super::region::Denied;
 use super::scatter::{self, Digest, MAX_IOV, Scatter};
@@ -209,7 +209,7 @@ fn begin(
     ledger: &mut Ledger,
     scratch: &mut Scratch,
 ) -> Result<Option<Box<Body>>, Broken> {
-    let owed = ledger.acks.len() + ledger.replies.len();
+    let owed = ledger.acks.len() + ledger.landing.len() + ledger.replies.len();
     if owed >= MAX_OWED && matches!(header.kind, Kind::Write | Kind::Read) {
         return Err(Broken::protocol(format!("{owed} frames sent without waiting for answers")));
     }
@@ -235,10 +235,16 @@ fn begin(
         }
         Kind::Read => {
             let Header { job, seq, integrity, .. } = header;
-            ledger.replies.push_back(Reply { job, seq, integrity, bytes: resolve(Op::Read)? });
+            let bytes = resolve(Op::Read)?.and_then(|bytes| staged(bytes, link));
+            let (bytes, filling) = match bytes.map(|b| (b.fill(ledger.waker()), b)) {
+                Ok((Ok(filling), bytes)) => (Ok(bytes), filling),
+                Ok((Err(e), _)) => (Err(not_staged(link, &e)), None),
+                Err(code) => (Err(code), None),
+            };
+            ledger.replies.push_back(Reply { job, seq, integrity, filling, bytes });
             Ok(None)
         }
-        Kind::Write => match resolve(Op::Write)? {
+        Kind::Write => match resolve(Op::Write)?.and_then(|bytes| staged(bytes, link)) {
             Ok(bytes) => body(Target::Write(ErrorCode::Ok), Some(bytes)),
             Err(code) => body(Target::Write(code), None),
         },
@@ -272,15 +278,29 @@ fn begin(
                 )));
             }
             let ranges = sent.cut.parts(&job.pieces).map(|p| (p.local_offset, p.len as u32));
-            let bytes = Scatter::new(job.local.clone(), ranges).ok();
-            if bytes.is_none() {
-                // Submit checks every piece, so this is a mistake of ours; the job ends, nothing else does.
-                let outcome = Some((sent.cut, ErrorCode::OutOfRange));
-                link.end_receive(sent.job, outcome, &mut scratch.finished);
-            }
+            // Submit checks every piece, so a list that cannot be made is a mistake of ours; the job ends, nothing else does.
+            let bytes = Scatter::new(job.local.clone(), ranges).map_err(|_| ErrorCode::OutOfRange);
+            let bytes = match bytes.and_then(|bytes| staged(bytes, link)) {
+                Ok(bytes) => Some(bytes),
+                Err(code) => {
+                    link.end_receive(sent.job, Some((sent.cut, code)), &mut scratch.finished);
+                    None
+                }
+            };
             body(Target::Read(sent), bytes)
         }
     }
+}
+
+/// A slot in the place of device memory.
+fn staged(bytes: Scatter, link: &Inner) -> Result<Scatter, ErrorCode> {
+    bytes.stage(&link.staging).map_err(|e| not_staged(link, &e))
+}
+
+/// The frame is answered with the code; the log has the reason.
+fn not_staged(link: &Inner, e: &crate::Error) -> ErrorCode {
+    tracing::warn!(peer = link.name, error = %e, "no way between a socket and device memory");
+    e.code()
 }
 
 /// The payload and its digest have arrived.
@@ -292,16 +312,34 @@ fn complete(body: &mut Body, tail: &[u8], link: &Inner, ledger: &mut Ledger, scr
         }
         intact = digest.finish().to_le_bytes() == *tail;
     }
-    let verdict = |code| if intact { code } else { ErrorCode::Corrupt };
-    match body.target {
-        Target::Write(code) => {
-            let Header { job, seq, .. } = body.header;
-            ledger.acks.push_back(Ack { job, seq, code: verdict(code) });
+    let mut verdict = match body.target {
+        _ if !intact => ErrorCode::Corrupt,
+        Target::Write(code) => code,
+        Target::Read(_) => ErrorCode::Ok,
+    };
+    let Header { job, seq, .. } = body.header;
+    // Only what passed its check goes on to a device.
+    if verdict == ErrorCode::Ok
+        && let Some(bytes) = body.bytes.take_if(|b| b.is_staged())
+    {
+        match bytes.land(ledger.waker()) {
+            Ok(landing) => {
+                let then = match body.target {
+                    Target::Write(code) => Then::Ack(Ack { job, seq, code }),
+                    Target::Read(sent) => Then::Read(sent),
+                };
+                ledger.landing.push_back(Arrived { landing: landing.map(|l| (l, bytes)), then });
+                return;
+            }
+            Err(e) => verdict = not_staged(link, &e),
         }
+        body.bytes = Some(bytes);
+    }
+    match body.target {
+        Target::Write(_) => ledger.acknowledge(Ack { job, seq, code: verdict }),
         Target::Read(sent) => {
             if body.bytes.is_some() {
-                let outcome = Some((sent.cut, verdict(ErrorCode::Ok)));
-                link.end_receive(sent.job, outcome, &mut scratch.finished);
+                link.end_receive(sent.job, Some((sent.cut, verdict)), &mut scratch.finished);
             }
         }
     }

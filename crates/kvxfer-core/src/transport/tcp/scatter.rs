@@ -5,6 +5,7 @@
 //! is made, and the list keeps the memory alive.
 
 use crate::Memory;
+use crate::cuda::{Landing, Slot, Staging, Then};
 use kvxfer_proto::Integrity;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -16,6 +17,15 @@ pub(super) struct Scatter {
     at: usize,
     offset: u32,
     left: usize,
+    /// Set when the bytes belong to a device: `memory` is then a slot on their way, with the same ranges one after the other.
+    device: Option<Staged>,
+}
+
+/// A device's side of a list.
+struct Staged {
+    memory: Arc<Memory>,
+    ranges: Vec<(u64, u32)>,
+    slot: Slot,
 }
 
 /// Distance of the cache lines looked at when a range is only sampled.
@@ -36,7 +46,39 @@ impl Scatter {
             }
             left += len as usize;
         }
-        Ok(Self { memory, ranges, at: 0, offset: 0, left })
+        Ok(Self { memory, ranges, at: 0, offset: 0, left, device: None })
+    }
+
+    /// Puts a slot in the place of device memory, which no socket reaches; host memory stays as it is.
+    pub(super) fn stage(self, staging: &Arc<Staging>) -> crate::Result<Self> {
+        let Some(device) = self.memory.on_device() else { return Ok(self) };
+        let slot = staging.slot(device, self.left)?;
+        let Some(host) = slot.memory().cloned() else { return Ok(self) };
+        let mut at = 0;
+        let ranges = self
+            .ranges
+            .iter()
+            .map(|(_, len)| {
+                at += u64::from(*len);
+                (at - u64::from(*len), *len)
+            })
+            .collect();
+        let device = Some(Staged { memory: self.memory, ranges: self.ranges, slot });
+        Ok(Self { memory: host, ranges, at: 0, offset: 0, left: self.left, device })
+    }
+
+    /// Starts to bring the device's bytes into the slot; `None` for host memory, which is ready.
+    pub(super) fn fill(&self, then: Then) -> crate::Result<Option<Landing>> {
+        self.device.as_ref().map(|d| d.slot.fill(&d.memory, &d.ranges, then)).transpose()
+    }
+
+    /// Starts to take what has arrived in the slot to the device; `None` for host memory, where it is already.
+    pub(super) fn land(&self, then: Then) -> crate::Result<Option<Landing>> {
+        self.device.as_ref().map(|d| d.slot.empty(&d.memory, &d.ranges, then)).transpose()
+    }
+
+    pub(super) fn is_staged(&self) -> bool {
+        self.device.is_some()
     }
 
     /// Bytes behind the position.

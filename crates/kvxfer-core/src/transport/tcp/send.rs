@@ -5,11 +5,13 @@
 //! slice is handed to the kernel, which then finds it in the cache.
 
 use super::frame::{self, DIGEST_LEN, Header, Kind, MAX_ACKS, TablePiece};
-use super::lane::{Broken, Ledger, Pumped, Reply, STEP_BYTES, Scratch};
+use super::lane::{Broken, Ledger, Pumped, Reply, STEP_BYTES, Scratch, Sent};
 use super::link::{Inner, Taken};
 use super::scatter::{self, Digest, MAX_IOV, Scatter};
-use crate::transport::Op;
+use crate::cuda::Landing;
+use crate::transport::{Job, Op};
 use kvxfer_proto::{ErrorCode, Integrity, RegionId};
+use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 
 /// State of the sending half.
@@ -20,8 +22,18 @@ pub(super) struct Sender {
     head: Vec<u8>,
     head_at: usize,
     body: Option<Body>,
+    /// Frames from a device that are being copied to slots while others are sent.
+    ahead: VecDeque<Ahead>,
     /// Whose turn it is: answers or writes.
     writes_next: bool,
+}
+
+/// A frame that waits for its bytes.
+struct Ahead {
+    taken: Taken,
+    /// Goes before what it writes to.
+    filling: Landing,
+    bytes: Scatter,
 }
 
 /// Payload and digest under way.
@@ -54,7 +66,7 @@ impl Sender {
     /// For a socket to a peer on the same host, or on another one.
     pub(super) fn new(local: bool) -> Self {
         let slice = if local { LOCAL } else { REMOTE };
-        Self { slice, head: Vec::new(), head_at: 0, body: None, writes_next: false }
+        Self { slice, head: Vec::new(), head_at: 0, body: None, ahead: VecDeque::new(), writes_next: false }
     }
 
     /// Lets go of what is under way.
@@ -162,9 +174,21 @@ impl Sender {
     }
 
     fn build_reply(&mut self, ledger: &mut Ledger) -> bool {
+        let Some(reply) = ledger.replies.front_mut() else { return false };
+        if let Some(filling) = &mut reply.filling {
+            match filling.is_done() {
+                // The end of the copy wakes this stream.
+                Ok(false) => return false,
+                Ok(true) => {}
+                Err(e) => {
+                    tracing::warn!(error = %e, "a peer's read of device memory");
+                    reply.bytes = Err(e.code());
+                }
+            }
+        }
         let Some(reply) = ledger.replies.pop_front() else { return false };
         self.writes_next = true;
-        let Reply { job, seq, integrity, bytes } = reply;
+        let Reply { job, seq, integrity, bytes, .. } = reply;
         let header = Header { integrity, job, seq, ..answer(Kind::Data, 0) };
         match bytes {
             Ok(bytes) => {
@@ -183,21 +207,53 @@ impl Sender {
         if !ledger.may_write() {
             return false;
         }
-        loop {
-            let Some(taken) = link.take(Op::Write, &mut scratch.finished) else { return false };
+        while self.ahead.len() < link.staging_depth {
+            let Some(taken) = link.take(Op::Write, &mut scratch.finished) else { break };
             let Taken { job, sent, .. } = &taken;
             let ranges = sent.cut.parts(&job.pieces).map(|p| (p.local_offset, p.len as u32));
-            let Ok(bytes) = Scatter::new(job.local.clone(), ranges) else {
-                // Submit checks every piece, so this is a mistake of ours; the job ends, nothing else does.
-                link.settle([(sent.job, sent.cut, ErrorCode::OutOfRange)].into_iter(), &mut scratch.finished);
-                continue;
-            };
-            let check = self.encode(Kind::Write, &taken, &mut scratch.table);
-            self.body = Some(Body::new(bytes, job.integrity, check));
-            ledger.sent_bytes += u64::from(sent.cut.bytes);
-            ledger.sent.push_back(*sent);
-            return true;
+            // Submit checks every piece, so a list that cannot be made is a mistake of ours; the job ends, nothing else does.
+            let bytes = Scatter::new(job.local.clone(), ranges)
+                .map_err(|_| ErrorCode::OutOfRange)
+                .and_then(|b| b.stage(&link.staging).map_err(|e| refused(link, job, &e)))
+                .and_then(|b| Ok((b.fill(ledger.waker()).map_err(|e| refused(link, job, &e))?, b)));
+            match bytes {
+                Ok((None, bytes)) => {
+                    self.start(&taken, bytes, ledger, scratch);
+                    return true;
+                }
+                Ok((Some(filling), bytes)) => self.ahead.push_back(Ahead { taken, filling, bytes }),
+                Err(code) => {
+                    link.settle([(sent.job, sent.cut, code)].into_iter(), &mut scratch.finished);
+                }
+            }
         }
+        while let Some(mut next) = self.ahead.pop_front() {
+            let code = match next.filling.is_done() {
+                Ok(false) => {
+                    // The end of the copy wakes this stream.
+                    self.ahead.push_front(next);
+                    return false;
+                }
+                Ok(true) => next.taken.job.tracker.cancelled(),
+                Err(e) => Some(refused(link, &next.taken.job, &e)),
+            };
+            let Some(code) = code else {
+                self.start(&next.taken, next.bytes, ledger, scratch);
+                return true;
+            };
+            let Sent { job, cut, .. } = next.taken.sent;
+            link.settle([(job, cut, code)].into_iter(), &mut scratch.finished);
+        }
+        false
+    }
+
+    /// Makes a frame the one under way.
+    fn start(&mut self, taken: &Taken, bytes: Scatter, ledger: &mut Ledger, scratch: &mut Scratch) {
+        let Taken { job, sent, .. } = taken;
+        let check = self.encode(Kind::Write, taken, &mut scratch.table);
+        self.body = Some(Body::new(bytes, job.integrity, check));
+        ledger.sent_bytes += u64::from(sent.cut.bytes);
+        ledger.sent.push_back(*sent);
     }
 
     fn encode(&mut self, kind: Kind, taken: &Taken, table: &mut Vec<u8>) -> u64 {
@@ -258,6 +314,13 @@ impl Body {
         self.tail_at += n - payload;
         self.bytes.left() == 0 && self.tail_at == self.tail_len
     }
+}
+
+/// The frame fails with the code, the transfer says why.
+fn refused(link: &Inner, job: &Job, e: &crate::Error) -> ErrorCode {
+    job.tracker.explain(e.to_string());
+    tracing::warn!(peer = link.name, error = %e, "no way between device memory and a socket");
+    e.code()
 }
 
 fn answer(kind: Kind, count: u32) -> Header {

@@ -1,0 +1,127 @@
+//! Pinned host memory for bytes on their way between a device and a link that cannot reach it.
+//!
+//! A link that sends from host memory takes a [`Slot`], has it filled from the device while the slot before is being sent, and the other
+//! way round at the receiving end: copy and network overlap, and each byte crosses the host's memory once. Slots come from a
+//! pool that grows with demand (a link bounds what it has under way) and lie on the device's NUMA node.
+
+use super::device::Device;
+use super::engine::{Engine, Flight, Move};
+use crate::memory::{HugePages, near_node};
+use crate::{Memory, Result};
+use parking_lot::Mutex;
+use std::sync::Arc;
+
+/// Called when a copy has ended; short.
+pub(crate) type Then = Box<dyn FnOnce() + Send>;
+
+/// Slots that nobody uses now.
+#[derive(Default)]
+pub(crate) struct Staging {
+    idle: Mutex<Vec<Arc<Memory>>>,
+}
+
+/// A piece of pinned memory, given back when dropped.
+pub(crate) struct Slot {
+    memory: Option<Arc<Memory>>,
+    home: Arc<Staging>,
+}
+
+/// A copy between a slot and a device, under way.
+pub(crate) struct Landing {
+    flight: Flight,
+    /// The device's side; the slot is kept by whoever holds this.
+    _device: Arc<Memory>,
+}
+
+/// Smallest slot.
+const LEAST: usize = 1 << 20;
+/// Most slots kept for later.
+const KEPT: usize = 64;
+
+impl Staging {
+    /// A slot of at least `len` bytes near `device`.
+    pub(crate) fn slot(self: &Arc<Self>, device: &Device, len: usize) -> Result<Slot> {
+        let known = {
+            let mut idle = self.idle.lock();
+            idle.iter().position(|m| m.len() >= len).map(|i| idle.swap_remove(i))
+        };
+        let memory = known.map_or_else(|| make(device, len), Ok)?;
+        Ok(Slot { memory: Some(memory), home: self.clone() })
+    }
+}
+
+fn make(device: &Device, len: usize) -> Result<Arc<Memory>> {
+    let len = len.next_power_of_two().max(LEAST);
+    let memory = near_node(device.numa_node(), || Memory::shared(len, HugePages::Try))?;
+    memory.pin()?;
+    Ok(memory)
+}
+
+impl Slot {
+    pub(crate) fn memory(&self) -> Option<&Arc<Memory>> {
+        self.memory.as_ref()
+    }
+
+    /// Starts to bring `ranges` of device memory here, one after the other.
+    pub(crate) fn fill(&self, from: &Arc<Memory>, ranges: &[(u64, u32)], then: Then) -> Result<Landing> {
+        self.start(from, ranges, true, then)
+    }
+
+    /// Starts to take what is here to `ranges` of device memory.
+    pub(crate) fn empty(&self, to: &Arc<Memory>, ranges: &[(u64, u32)], then: Then) -> Result<Landing> {
+        self.start(to, ranges, false, then)
+    }
+
+    fn start(&self, far: &Arc<Memory>, ranges: &[(u64, u32)], fill: bool, then: Then) -> Result<Landing> {
+        let missing =
+            || crate::Error::failed(kvxfer_proto::ErrorCode::Closed, "no slot, or no device memory");
+        let near = self.memory.as_ref().ok_or_else(missing)?;
+        let device = far.on_device().ok_or_else(missing)?;
+        let total: u64 = ranges.iter().map(|r| u64::from(r.1)).sum();
+        near.range(0, total)?;
+        let mut at = near.as_ptr() as u64;
+        let mut moves: Vec<Move> = Vec::with_capacity(ranges.len());
+        for (offset, len) in ranges {
+            let (here, there) = (at, far.range(*offset, u64::from(*len))? as u64);
+            let (src, dst, len) =
+                if fill { (there, here, u64::from(*len)) } else { (here, there, u64::from(*len)) };
+            at += len;
+            match moves.last_mut() {
+                Some(last) if last.src + last.len == src && last.dst + last.len == dst => last.len += len,
+                _ => moves.push(Move { src, dst, len }),
+            }
+        }
+        let engine = Engine::of(device)?;
+        let stream = engine.pick();
+        // SAFETY: both sides were range-checked; the landing keeps the device's, whoever holds it keeps the slot, and its end is awaited
+        // when it is dropped.
+        let flight = unsafe { engine.start(stream, &moves, None, true) }?;
+        // Without the call the end is seen by whoever looks the next time.
+        if let Err(e) = engine.when_done(stream, then) {
+            tracing::debug!(error = %e, "no call at the end of a staged copy");
+        }
+        Ok(Landing { flight, _device: far.clone() })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut idle = self.home.idle.lock();
+        if idle.len() < KEPT
+            && let Some(memory) = self.memory.take()
+        {
+            idle.push(memory);
+        }
+    }
+}
+
+impl Landing {
+    /// Whether it has ended; an error when the device failed.
+    pub(crate) fn is_done(&mut self) -> Result<bool> {
+        self.flight.poll()
+    }
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        self.flight.wait()
+    }
+}
