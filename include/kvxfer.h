@@ -358,8 +358,8 @@ typedef struct kvxfer_receiver_config_t {
   uint64_t admission_timeout_ms;
   // A published chunk nobody has acquired is dropped after this long, milliseconds.
   uint64_t retention_ms;
-  // Memory of the caller's own for the pages; NULL: allocated by kvxfer, which peers on the same host reach
-  // fastest. It must stay until `kvxfer_receiver_free` has answered `KVXFER_OK`.
+  // Memory of the caller's own for the pages, the host's or a GPU's; NULL: host memory allocated by kvxfer, which peers on the same
+  // host reach fastest. It must stay until `kvxfer_receiver_free` has answered `KVXFER_OK`.
   void *memory;
   // Length of `memory`, at least `pages * page_bytes`.
   uint64_t memory_length;
@@ -844,6 +844,22 @@ kvxfer_result_t kvxfer_region_memory(const struct kvxfer_region_t *region,
                                      void **base_out,
                                      uint64_t *length_out);
 
+// Number of the CUDA device whose memory the region is, among the visible ones; -1 for host memory.
+kvxfer_result_t kvxfer_region_device(const struct kvxfer_region_t *region, int32_t *device_out);
+
+// Copies `length` bytes from `offset` of the region to `data`, also from a GPU's memory, and waits for it. For looking at bytes, not
+// for moving caches.
+kvxfer_result_t kvxfer_region_read(const struct kvxfer_region_t *region,
+                                   uint64_t offset,
+                                   size_t length,
+                                   void *data);
+
+// Copies `length` bytes from `data` to `offset` of the region, also to a GPU's memory, and waits for it.
+kvxfer_result_t kvxfer_region_write(struct kvxfer_region_t *region,
+                                    uint64_t offset,
+                                    const void *data,
+                                    size_t length);
+
 // The region's id, unique within its agent.
 kvxfer_result_t kvxfer_region_id(const struct kvxfer_region_t *region, uint64_t *id_out);
 
@@ -1080,10 +1096,17 @@ kvxfer_result_t kvxfer_receiver_memory(const struct kvxfer_receiver_t *receiver,
                                        void **base_out,
                                        uint64_t *length_out);
 
-// First byte and number of valid bytes of the chunk; they stay as they are until `kvxfer_chunk_free`.
+// First byte and number of valid bytes of the chunk; they stay as they are until `kvxfer_chunk_free`. Where the pool is a GPU's memory
+// the address is the device's.
 kvxfer_result_t kvxfer_chunk_data(const struct kvxfer_chunk_t *chunk,
                                   const void **data_out,
                                   uint64_t *length_out);
+
+// Copies `length` bytes from `offset` of the chunk to `data`, also where the pool is a GPU's memory, and waits for it.
+kvxfer_result_t kvxfer_chunk_read(const struct kvxfer_chunk_t *chunk,
+                                  uint64_t offset,
+                                  size_t length,
+                                  void *data);
 
 // Number of the chunk's page, and the offset of its first byte in the pool's memory (either may be NULL).
 kvxfer_result_t kvxfer_chunk_page(const struct kvxfer_chunk_t *chunk,

@@ -36,6 +36,9 @@ echo "test-python: the types"
 # From a folder of its own, so that the installed package is tested and not the source beside the tests.
 mkdir -p "$build/run"
 cd "$build/run"
+# Device memory is tried under a CUDA driver over host memory.
+export KVXFER_CUDA_STANDIN
+KVXFER_CUDA_STANDIN=$(cd "$root" && cargo run --quiet --package kvxfer-cuda-standin --bin cuda-standin)
 echo "test-python: $("$venv/bin/python" --version), $(basename "$wheel")"
 "$venv/bin/python" -m pytest -c "$root/ffi/python/pyproject.toml" -p no:cacheprovider "$root/ffi/python/tests" "$@"
 

@@ -101,6 +101,24 @@ pub(super) unsafe fn list<'a, T>(argument: &'static str, first: *const T, count:
     Ok(unsafe { std::slice::from_raw_parts(first, count) })
 }
 
+/// Room for `count` elements, which the call fills.
+///
+/// # Safety
+/// As for [`list`], and writable.
+pub(super) unsafe fn list_mut<'a, T>(
+    argument: &'static str,
+    first: *mut T,
+    count: usize,
+) -> Result<&'a mut [T]> {
+    // SAFETY: the caller's promise.
+    let checked = unsafe { list(argument, first.cast_const(), count) }?.len();
+    if checked == 0 {
+        return Ok(&mut []);
+    }
+    // SAFETY: checked by `list`; writable and nobody else's during the call, as the caller promises.
+    Ok(unsafe { std::slice::from_raw_parts_mut(first, count) })
+}
+
 /// An array of texts.
 ///
 /// # Safety

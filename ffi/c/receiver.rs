@@ -2,7 +2,7 @@
 
 use super::agent::kvxfer_agent_t;
 use super::args::{
-    Out, OutStruct, fixed, optional_text, optional_timeout, read_struct, text, timeout, versioned,
+    Out, OutStruct, fixed, list_mut, optional_text, optional_timeout, read_struct, text, timeout, versioned,
 };
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
@@ -89,8 +89,8 @@ pub struct kvxfer_receiver_config_t {
     pub admission_timeout_ms: u64,
     /// A published chunk nobody has acquired is dropped after this long, milliseconds.
     pub retention_ms: u64,
-    /// Memory of the caller's own for the pages; NULL: allocated by kvxfer, which peers on the same host reach
-    /// fastest. It must stay until `kvxfer_receiver_free` has answered `KVXFER_OK`.
+    /// Memory of the caller's own for the pages, the host's or a GPU's; NULL: host memory allocated by kvxfer, which peers on the same
+    /// host reach fastest. It must stay until `kvxfer_receiver_free` has answered `KVXFER_OK`.
     pub memory: *mut c_void,
     /// Length of `memory`, at least `pages * page_bytes`.
     pub memory_length: u64,
@@ -432,7 +432,8 @@ pub unsafe extern "C" fn kvxfer_receiver_memory(
     })
 }
 
-/// First byte and number of valid bytes of the chunk; they stay as they are until `kvxfer_chunk_free`.
+/// First byte and number of valid bytes of the chunk; they stay as they are until `kvxfer_chunk_free`. Where the pool is a GPU's memory
+/// the address is the device's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_chunk_data(
     chunk: *const kvxfer_chunk_t,
@@ -445,6 +446,22 @@ pub unsafe extern "C" fn kvxfer_chunk_data(
         let (data, length) = (Out::new("data_out", data_out)?, Out::new("length_out", length_out)?);
         data.set(object.memory.as_ptr().add(object.chunk.offset() as usize).cast_const().cast());
         length.set(object.chunk.len());
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Copies `length` bytes from `offset` of the chunk to `data`, also where the pool is a GPU's memory, and waits for it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_chunk_read(
+    chunk: *const kvxfer_chunk_t,
+    offset: u64,
+    length: usize,
+    data: *mut c_void,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_chunk_read", || unsafe {
+        let object = borrow::<ChunkObject>("chunk", chunk)?;
+        object.chunk.read_at(offset, list_mut("data", data.cast::<u8>(), length)?)?;
         Ok(KVXFER_OK)
     })
 }

@@ -1,7 +1,7 @@
 //! Regions: memory that transfers may use, allocated by kvxfer or owned by the caller.
 
 use super::agent::kvxfer_agent_t;
-use super::args::{Out, flag, invalid, text};
+use super::args::{Out, flag, invalid, list, list_mut, text};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::result::{KVXFER_OK, kvxfer_result_t};
@@ -245,6 +245,53 @@ pub unsafe extern "C" fn kvxfer_region_memory(
         if let Some(length) = length {
             length.set(region.len());
         }
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Number of the CUDA device whose memory the region is, among the visible ones; -1 for host memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_device(
+    region: *const kvxfer_region_t,
+    device_out: *mut i32,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_device", || unsafe {
+        let region = self::region("region", region)?;
+        Out::new("device_out", device_out)?.set(region.memory().on_device().map_or(-1, Device::ordinal));
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Copies `length` bytes from `offset` of the region to `data`, also from a GPU's memory, and waits for it. For looking at bytes, not
+/// for moving caches.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_read(
+    region: *const kvxfer_region_t,
+    offset: u64,
+    length: usize,
+    data: *mut c_void,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_read", || unsafe {
+        let region = self::region("region", region)?;
+        region.memory().read_at(offset, list_mut("data", data.cast::<u8>(), length)?)?;
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Copies `length` bytes from `data` to `offset` of the region, also to a GPU's memory, and waits for it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_write(
+    region: *mut kvxfer_region_t,
+    offset: u64,
+    data: *const c_void,
+    length: usize,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_write", || unsafe {
+        let region = self::region("region", region)?;
+        region.memory().write_at(offset, list("data", data.cast::<u8>(), length)?)?;
         Ok(KVXFER_OK)
     })
 }

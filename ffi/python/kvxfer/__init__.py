@@ -54,6 +54,7 @@ from kvxfer.errors import (
     Unreachable,
     Unsupported,
 )
+from kvxfer.gpu import Fence
 from kvxfer.memory import SharedMemory
 from kvxfer.outbox import Ended, Outbox, Released
 from kvxfer.paged import PagedCache, PagedChunk
@@ -80,6 +81,7 @@ __all__ = [
     "Delivery",
     "DeliveryReport",
     "Ended",
+    "Fence",
     "Found",
     "FoundChunk",
     "Geometry",

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvxfer import gpu
 from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, c_texts, choice, handle, milliseconds, text_of
 from kvxfer._native import ffi, lib
 from kvxfer.errors import NotFound, check
 from kvxfer.events import Events
+from kvxfer.gpu import Fence
 from kvxfer.region import Region, keep_until_free
 from kvxfer.transfer import Pieces, Transfer, pack
 
@@ -149,9 +151,17 @@ class Agent:
             None,
         )
 
+    def allocate_device(self, length: int, device: int = 0, *, shareable: bool = False) -> Region:
+        """Zeroed memory of a CUDA device (its number among the visible ones), registered. `shareable` memory comes in pages of 2 MiB
+        and also reaches peers that no CUDA IPC handle reaches."""
+        free = keep_until_free(None)
+        new = lib.kvxfer_region_allocate_device
+        return Region(self, handle("kvxfer_region_t", free, new, self._handle, device, length, shareable), None)
+
     def register(self, buffer: Any) -> Region:
-        """Registers memory that something else owns: a writable, contiguous buffer (bytearray, memoryview, numpy array,
-        mmap, …) or a torch tensor on the CPU. It is kept alive as long as the region or a transfer uses it."""
+        """Registers memory that something else owns: a writable, contiguous buffer (bytearray, memoryview, numpy array, mmap, …), a
+        torch tensor on the CPU or on a CUDA device, or anything else of a CUDA device that has `__cuda_array_interface__` or speaks
+        DLPack (CuPy, JAX). It is kept alive as long as the region or a transfer uses it."""
         address, length, keep = memory_of(buffer)
         return self.register_memory(address, length, keep)
 
@@ -262,14 +272,16 @@ class Peer:
         notify: bytes | None = None,
         integrity: str | None = None,
         transport: str | None = None,
+        after: Fence | None = None,
     ) -> Transfer:
         """Starts moving local bytes to the peer; does not block.
 
         `pieces` are (local offset, remote offset, length) in bytes, or the same as a buffer of unsigned 64-bit numbers. Options:
         `timeout` in seconds; `notify`, bytes that the peer is sent once every byte has landed; `integrity` (`off`, `bound`,
-        `full`); `transport`, the one to use. Ranges are checked before anything moves.
+        `full`); `transport`, the one to use; `after`, a point in a CUDA stream before which nothing is read or written. Ranges are
+        checked before anything moves.
         """
-        return self._submit(lib.kvxfer_peer_write, local, remote, pieces, timeout, notify, integrity, transport)
+        return self._submit(lib.kvxfer_peer_write, local, remote, pieces, timeout, notify, integrity, transport, after)
 
     def read(
         self,
@@ -281,9 +293,10 @@ class Peer:
         notify: bytes | None = None,
         integrity: str | None = None,
         transport: str | None = None,
+        after: Fence | None = None,
     ) -> Transfer:
         """Starts moving the peer's bytes here; otherwise as `write`."""
-        return self._submit(lib.kvxfer_peer_read, local, remote, pieces, timeout, notify, integrity, transport)
+        return self._submit(lib.kvxfer_peer_read, local, remote, pieces, timeout, notify, integrity, transport, after)
 
     def _submit(
         self,
@@ -295,6 +308,7 @@ class Peer:
         notify: bytes | None,
         integrity: str | None,
         transport: str | None,
+        after: Fence | None,
     ) -> Transfer:
         packed, count = pack(pieces)
         options = ffi.new("kvxfer_transfer_options_t *")
@@ -302,6 +316,7 @@ class Peer:
         options.timeout_ms = milliseconds("timeout", timeout)
         options.integrity = choice("integrity", INTEGRITY, integrity)
         options.transport = choice("transport", TRANSPORTS, transport)
+        options.after = after._handle if after is not None else ffi.NULL
         payload = ffi.from_buffer(notify) if notify else ffi.new("char[1]")
         if notify is not None:
             options.notify, options.notify_length = payload, len(notify)
@@ -346,14 +361,20 @@ class RemoteRegion:
 
 def memory_of(buffer: Any) -> tuple[int, int, Any]:
     """Address and length of something's memory, and what keeps it there."""
+    if isinstance(buffer, Region):
+        return buffer.address, len(buffer), buffer
     if hasattr(buffer, "data_ptr") and hasattr(buffer, "is_contiguous"):
-        if buffer.device.type != "cpu":
-            raise TypeError(f"a tensor on {buffer.device}: only tensors on the CPU can be registered from Python")
+        if buffer.device.type not in ("cpu", "cuda"):
+            raise TypeError(f"a tensor on {buffer.device}: tensors on the CPU and on CUDA devices can be registered")
         if not buffer.is_contiguous():
             raise TypeError(
                 f"a tensor of strides {tuple(buffer.stride())} is not contiguous: register tensor.contiguous()"
             )
         return buffer.data_ptr(), buffer.nbytes, buffer
+    if hasattr(buffer, "__cuda_array_interface__"):
+        return (*gpu.by_array_interface(buffer.__cuda_array_interface__), buffer)
+    if hasattr(buffer, "__dlpack_device__") and buffer.__dlpack_device__()[0] == gpu.DLPACK_CUDA:
+        return gpu.by_dlpack(buffer)
     # Holds the buffer: a bytearray cannot be resized, an mmap not be closed, while it is registered.
     view = ffi.from_buffer("char[]", buffer, require_writable=True)
     return int(ffi.cast("uintptr_t", view)), len(view), (buffer, view)

@@ -17,6 +17,7 @@ from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, millisec
 from kvxfer._native import ffi, lib
 from kvxfer.agent import Agent, Peer, memory_of
 from kvxfer.errors import TimedOut, check
+from kvxfer.gpu import Fence
 from kvxfer.query import Found, query
 from kvxfer.region import Region
 
@@ -230,9 +231,15 @@ class Chunk:
         check(lib.kvxfer_chunk_page(self._handle, out, ffi.NULL))
         return int(out[0])
 
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """A copy of valid bytes, also where the pool is a GPU's memory."""
+        out = ffi.new("char[]", len(self) - offset if length is None else length)
+        check(lib.kvxfer_chunk_read(self._handle, offset, len(out), out))
+        return bytes(ffi.buffer(out))
+
     @property
     def data(self) -> memoryview:
-        """The valid bytes. The chunk stays pinned as long as a view of them is in use."""
+        """The valid bytes, of a pool in host memory. The chunk stays pinned as long as a view of them is in use."""
         address, length = self._data()
         owner = (ctypes.c_ubyte * length).from_address(int(ffi.cast("uintptr_t", address)))
         owner.kvxfer_chunk = self._handle  # type: ignore[attr-defined]
@@ -334,10 +341,11 @@ class Reservation:
         """Waits for its pages; raises the refusal, or `TimedOut`: it then goes on waiting until its own deadline."""
         check(lib.kvxfer_reservation_wait_admitted(self._handle, milliseconds("timeout", timeout)))
 
-    def write(self, index: int, region: Region, runs: Iterable[tuple[int, int]]) -> None:
-        """Writes and commits chunk number `index` from runs of a region. Returns at once."""
+    def write(self, index: int, region: Region, runs: Iterable[tuple[int, int]], *, after: Fence | None = None) -> None:
+        """Writes and commits chunk number `index` from runs of a region, once a CUDA stream has passed `after`. Returns at once."""
         packed = ffi.new("kvxfer_run_t[]", list(runs))
-        check(lib.kvxfer_reservation_write(self._handle, index, region._handle, packed, len(packed)))
+        fence = after._handle if after is not None else ffi.NULL
+        check(lib.kvxfer_reservation_write_after(self._handle, index, region._handle, packed, len(packed), fence))
         self._regions.append(region)
 
     def finish(self) -> Delivery:

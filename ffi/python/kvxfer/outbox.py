@@ -1,9 +1,9 @@
 """The prefiller's whole side: requests in steps, to any number of receivers, with word to the proxy.
 
-    outbox = kvxfer.Outbox(agent, geometry, proxy="tcp://127.0.0.1:7500")
-    batch = outbox.put("request-1", "tcp://decoder:7300", [("key", region, [(0, 4096)])], first=True, last=True)
-    while (event := outbox.next_event(1.0)) is None or event.batch != batch:
-        ...
+outbox = kvxfer.Outbox(agent, geometry, proxy="tcp://127.0.0.1:7500")
+batch = outbox.put("request-1", "tcp://decoder:7300", [("key", region, [(0, 4096)])], first=True, last=True)
+while (event := outbox.next_event(1.0)) is None or event.batch != batch:
+    ...
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kvxfer._native import ffi, lib
 from kvxfer.agent import Agent
 from kvxfer.channel import DeliveryReport, Geometry
 from kvxfer.errors import KvxferError, check, error
+from kvxfer.gpu import Fence
 from kvxfer.region import Region
 
 _TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items() if name}
@@ -72,9 +73,7 @@ class Outbox:
         where = ffi.NULL if proxy is None else ffi.new("char[]", c_text(proxy))
         config.proxy = where
         config.patience_ms = milliseconds("patience", patience)
-        self._handle = handle(
-            "kvxfer_outbox_t", lib.kvxfer_outbox_free, lib.kvxfer_outbox_new, agent._handle, config
-        )
+        self._handle = handle("kvxfer_outbox_t", lib.kvxfer_outbox_free, lib.kvxfer_outbox_new, agent._handle, config)
         self._agent = agent
         del kept, where
 
@@ -87,9 +86,11 @@ class Outbox:
         total: int = 0,
         first: bool = False,
         last: bool = False,
+        after: Fence | None = None,
     ) -> int:
         """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
-        change until `Released` names it. `total` in the first batch is how many chunks the whole request will have."""
+        change until `Released` names it. `total` in the first batch is how many chunks the whole request will have. `after` is a point in
+        a CUDA stream before which the bytes are not complete."""
         parts = [(key, region, list(runs)) for key, region, runs in chunks]
         sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(parts)), []
         for source, (key, region, runs) in zip(sources, parts, strict=True):
@@ -101,6 +102,7 @@ class Outbox:
         name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
         batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)
         batch.total, batch.first, batch.last = total, first, last
+        batch.after = after._handle if after is not None else ffi.NULL
         number = ffi.new("uint64_t *")
         check(lib.kvxfer_outbox_put(self._handle, batch, number))
         return int(number[0])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer._call import c_text, choice
 from kvxfer._native import ffi, lib
-from kvxfer.errors import Busy, check
+from kvxfer.errors import Busy, Unsupported, check
 
 if TYPE_CHECKING:
     from kvxfer.agent import Agent
@@ -57,8 +57,42 @@ class Region:
         return int(out[0])
 
     @property
+    def device(self) -> int | None:
+        """Number of the CUDA device whose memory it is; None for host memory."""
+        out = ffi.new("int32_t *")
+        check(lib.kvxfer_region_device(self._handle, out))
+        return None if out[0] < 0 else int(out[0])
+
+    def read(self, offset: int = 0, length: int | None = None) -> bytes:
+        """A copy of bytes, also of a GPU's memory. For looking at them, not for moving caches."""
+        out = ffi.new("char[]", len(self) - offset if length is None else length)
+        check(lib.kvxfer_region_read(self._handle, offset, len(out), out))
+        return bytes(ffi.buffer(out))
+
+    def write(self, offset: int, data: Any) -> None:
+        """Copies a buffer's bytes in, also to a GPU's memory."""
+        view = ffi.from_buffer("char[]", data)
+        check(lib.kvxfer_region_write(self._handle, offset, view, len(view)))
+
+    def pin(self) -> None:
+        """Pins host memory for CUDA devices now, instead of at its first transfer from or to one."""
+        check(lib.kvxfer_region_pin(self._handle))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """A GPU's memory as bytes for torch (`torch.as_tensor(region, device="cuda")`), CuPy or Numba, without a copy."""
+        if self.device is None:
+            raise AttributeError("__cuda_array_interface__: this region is host memory; see `memory`")
+        return {"shape": (len(self),), "typestr": "|u1", "data": (self.address, False), "strides": None, "version": 3}
+
+    @property
     def memory(self) -> memoryview:
-        """The bytes, writable. The region cannot be closed while a view is in use."""
+        """The bytes of host memory, writable. The region cannot be closed while a view is in use."""
+        if self.device is not None:
+            raise Unsupported(
+                "the host cannot touch a GPU's memory: use read() and write(), or __cuda_array_interface__",
+                lib.KVXFER_UNSUPPORTED,
+            )
         owner = self._view() if self._view else None
         if owner is None:
             owner = (ctypes.c_ubyte * len(self)).from_address(self.address)

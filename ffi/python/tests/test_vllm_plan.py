@@ -60,7 +60,9 @@ def test_pieces_are_the_blocks_whatever_their_order():
         if draw.random() < 0.5:
             blocks = [(here, here + 3) for here in sorted(h for h, _ in blocks)]
         moved = [
-            (local + i, remote + i) for local, remote, length in plan.pieces(blocks, size) for i in range(0, length, size)
+            (local + i, remote + i)
+            for local, remote, length in plan.pieces(blocks, size)
+            for i in range(0, length, size)
         ]
         assert moved == [(here * size, there * size) for here, there in blocks]
 

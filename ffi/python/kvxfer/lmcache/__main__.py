@@ -19,6 +19,8 @@ if __name__ == "__main__":
     try:
         from lmcache.cli.main import main
     except ImportError as e:
-        sys.exit(f"kvxfer: LMCache's command cannot be loaded ({e}); install lmcache in this environment: pip install lmcache")
+        sys.exit(
+            f"kvxfer: LMCache's command cannot be loaded ({e}); install lmcache in this environment: pip install lmcache"
+        )
     sys.argv[0] = "lmcache"
     sys.exit(main())

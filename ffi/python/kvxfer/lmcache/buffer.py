@@ -90,7 +90,9 @@ class Staging(PagedCpuGpuMemoryAllocator):
 class ReceivedChunks(MemoryAllocatorInterface):
     """The parent of memory objects that lie in the receiver's pool: freeing one lets go of its chunk."""
 
-    def __init__(self, pool: torch.Tensor, page_bytes: int, shape: tuple[int, ...], dtype: torch.dtype, fmt: MemoryFormat):
+    def __init__(
+        self, pool: torch.Tensor, page_bytes: int, shape: tuple[int, ...], dtype: torch.dtype, fmt: MemoryFormat
+    ):
         self._pool, self._page_bytes = pool, page_bytes
         self._shape, self._dtype, self._fmt = tuple(shape), dtype, fmt
         self._token_dim = fmt.token_dim()
@@ -126,7 +128,9 @@ class ReceivedChunks(MemoryAllocatorInterface):
         for memory_obj in memory_objs:
             self.free(memory_obj)
 
-    def allocate(self, shapes: Any, dtypes: Any, fmt: Any = None, allocator_type: str | None = None) -> MemoryObj | None:
+    def allocate(
+        self, shapes: Any, dtypes: Any, fmt: Any = None, allocator_type: str | None = None
+    ) -> MemoryObj | None:
         """None: prefillers fill this memory, nobody else."""
         return None
 

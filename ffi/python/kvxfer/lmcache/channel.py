@@ -82,9 +82,10 @@ class KvxferChannel(BaseTransferChannel):
         device: str | None = None,
         **kwargs: Any,
     ):
-        if device is not None and not str(device).startswith("cpu"):
+        kind = str(device or "cpu").partition(":")[0]
+        if kind not in ("cpu", "cuda"):
             raise errors.Unsupported(
-                f"transfer_channel: kvxfer moves host memory; pd_buffer_device is {device!r}, set it to 'cpu'",
+                f"transfer_channel: kvxfer moves host and CUDA memory; pd_buffer_device is {device!r}",
                 lib.KVXFER_UNSUPPORTED,
             )
         if align_bytes <= 0 or buffer_size <= 0 or buffer_size % align_bytes:
@@ -113,7 +114,8 @@ class KvxferChannel(BaseTransferChannel):
                     "pd_peer_init_port): unset it, and put other settings below extra_config: kvxfer",
                     lib.KVXFER_INVALID_ARGUMENT,
                 )
-        _prefer_huge_pages(buffer_ptr, buffer_size)
+        if kind == "cpu":
+            _prefer_huge_pages(buffer_ptr, buffer_size)
         self._agent = Agent.from_config(settings, environment=True)
         try:
             self._buffer = self._agent.register_memory(buffer_ptr, buffer_size)

@@ -233,7 +233,9 @@ def add_to_store(module) -> None:
             kwargs["mask"] = mask = mask.clone()
             mask[:done] = False
             kwargs["offset"] = max(done, kwargs.get("offset") or 0)
-        with backend.storing(request, spec):
+        # On a GPU the pages are filled on this stream, and nobody waits for it.
+        stream = getattr(getattr(self, "gpu_connector", None), "store_stream", None)
+        with backend.storing(request, spec, stream):
             return original(self, *args, **kwargs)
 
     module.LMCacheEngine.store = store
@@ -254,7 +256,9 @@ def add_to_adapter(module) -> None:
         return original(self, finished_req_ids)
 
     module.LMCacheConnectorV1Impl.get_finished = get_finished
-    module.LMCacheConnectorV1Impl.request_finished = _without_first_token(module.LMCacheConnectorV1Impl.request_finished)
+    module.LMCacheConnectorV1Impl.request_finished = _without_first_token(
+        module.LMCacheConnectorV1Impl.request_finished
+    )
 
 
 def _without_first_token(original):

@@ -32,7 +32,9 @@ def add_allocation(module) -> None:
         try:
             memory = kvxfer.SharedMemory(size)
         except kvxfer.KvxferError as e:
-            module.logger.warning("kvxfer: no shareable memory for a buffer of %d bytes, LMCache's own is used: %s", size, e)
+            module.logger.warning(
+                "kvxfer: no shareable memory for a buffer of %d bytes, LMCache's own is used: %s", size, e
+            )
             return allocate(size, numa_mapping, shm_name, use_hugepages)
         _ours[memory.address] = (memory, _pin(memory.address, size, module.logger))
         module.logger.info("kvxfer: a buffer of %d bytes that peers on this host can map", size)
@@ -67,7 +69,11 @@ def _pin(address: int, size: int, logger) -> bool:
         return False
     code = int(_cudart().cudaHostRegister(address, size, 0))
     if code != 0:
-        logger.warning("kvxfer: CUDA does not pin a buffer of %d bytes (code %d): copies to and from the GPU are slower", size, code)
+        logger.warning(
+            "kvxfer: CUDA does not pin a buffer of %d bytes (code %d): copies to and from the GPU are slower",
+            size,
+            code,
+        )
     return code == 0
 
 

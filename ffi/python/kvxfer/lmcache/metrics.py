@@ -37,16 +37,25 @@ def _families() -> dict[str, Any]:
             "kvxfer_pd_present_chunks", "Chunks that the decoder had already and that were not sent again", _LABELS
         ),
         "seconds": prometheus.Histogram(
-            "kvxfer_pd_seconds", "From a request's first chunk to the decoder's word that all is there", _LABELS, buckets=_BUCKETS
+            "kvxfer_pd_seconds",
+            "From a request's first chunk to the decoder's word that all is there",
+            _LABELS,
+            buckets=_BUCKETS,
         ),
         "queued": prometheus.Histogram(
             "kvxfer_pd_admission_seconds", "Wait for pages at the decoder", _LABELS, buckets=_BUCKETS
         ),
         "received": prometheus.Counter(
-            "kvxfer_pd_received_requests", "Requests that arrived at a decoder, or will not, by result", (*_LABELS, "result")
+            "kvxfer_pd_received_requests",
+            "Requests that arrived at a decoder, or will not, by result",
+            (*_LABELS, "result"),
         ),
-        "lookups": prometheus.Counter("kvxfer_pd_lookups", "Chunks looked up at a decoder, by result", (*_LABELS, "result")),
-        "loaded_chunks": prometheus.Counter("kvxfer_pd_loaded_chunks", "Chunks that the decoder's engine took", _LABELS),
+        "lookups": prometheus.Counter(
+            "kvxfer_pd_lookups", "Chunks looked up at a decoder, by result", (*_LABELS, "result")
+        ),
+        "loaded_chunks": prometheus.Counter(
+            "kvxfer_pd_loaded_chunks", "Chunks that the decoder's engine took", _LABELS
+        ),
         "loaded_bytes": prometheus.Counter("kvxfer_pd_loaded_bytes", "Bytes that the decoder's engine took", _LABELS),
         "pages": gauge("kvxfer_pool_pages", "Pages of a decoder's pool, by state", (*_LABELS, "state")),
         "queue": gauge("kvxfer_pool_queued_requests", "Requests that wait for pages"),

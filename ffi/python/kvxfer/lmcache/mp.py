@@ -89,17 +89,26 @@ class KvxferTransferChannelClient(TransferChannelClient):
         size = len(remote)
         with self._lock:
             self._remote = (peer, remote, size)
-        logger.info("kvxfer: connected to the cache server at %s, %d bytes reached over %s", self.url, size, ", ".join(remote.transports))
+        logger.info(
+            "kvxfer: connected to the cache server at %s, %d bytes reached over %s",
+            self.url,
+            size,
+            ", ".join(remote.transports),
+        )
 
     @property
     def is_up(self) -> bool:
         with self._lock:
             return self._remote is not None and self._remote[0].is_up
 
-    def submit_read(self, local_addresses: list[TransferChannelAddress], remote_addresses: list[TransferChannelAddress]) -> int:
+    def submit_read(
+        self, local_addresses: list[TransferChannelAddress], remote_addresses: list[TransferChannelAddress]
+    ) -> int:
         """Starts reading and returns the number to ask for. An object whose remote address cannot be right fails by itself."""
         if len(local_addresses) != len(remote_addresses):
-            raise ValueError(f"{len(local_addresses)} local addresses, {len(remote_addresses)} remote ones: as many are needed")
+            raise ValueError(
+                f"{len(local_addresses)} local addresses, {len(remote_addresses)} remote ones: as many are needed"
+            )
         for address in local_addresses:
             if not self._context.holds(address):
                 raise ValueError(
@@ -234,7 +243,12 @@ class KvxferTransferChannelContext(TransferChannelContext):
         self._lock = threading.Lock()
         self._clients: dict[str, TransferChannelClient] = {}
         self._server = KvxferTransferChannelServer(listen_url, advertise_url, l1_memory_desc)
-        logger.info("kvxfer: %d bytes of L1 memory can be read at %s (%s)", self.size, self.advertise_url, ", ".join(self._agent.addresses))
+        logger.info(
+            "kvxfer: %d bytes of L1 memory can be read at %s (%s)",
+            self.size,
+            self.advertise_url,
+            ", ".join(self._agent.addresses),
+        )
 
     def holds(self, address: TransferChannelAddress) -> bool:
         return address.offset >= 0 and address.size >= 0 and address.offset + address.size <= self.size

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lmcache.logging import init_logger
 from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from lmcache.v1.storage_backend.abstract_backend import AllocatorBackendInterface
@@ -28,11 +29,13 @@ from lmcache.v1.storage_backend.abstract_backend import AllocatorBackendInterfac
 from kvxfer.agent import Agent
 from kvxfer.channel import Chunk, Receiver
 from kvxfer.errors import KvxferError, NoCapacity
+from kvxfer.gpu import Fence
 from kvxfer.lmcache import settings
 from kvxfer.lmcache.buffer import ReceivedChunks, Staging, tensor_over, valid_bytes
 from kvxfer.lmcache.metrics import PdMetrics
 from kvxfer.lmcache.reading import CacheQueryResponse, Reading
 from kvxfer.outbox import Ended, Outbox, Released
+from kvxfer.region import Region
 
 logger = init_logger(__name__)
 
@@ -50,10 +53,10 @@ class PdBackend(AllocatorBackendInterface):
     def __init__(self, config: Any, metadata: Any):
         # Checked before anything is opened.
         self.kvxfer_config = c = settings.read(config, metadata)
-        super().__init__(dst_device="cpu")
+        super().__init__(dst_device=c.device)
         self.config, self.metadata = config, metadata
         # LMCache and its vLLM adapter look at these.
-        self.pd_config, self.tp_rank, self.corrected_device = self.kvxfer_config, c.tp_rank, "cpu"
+        self.pd_config, self.tp_rank, self.corrected_device = self.kvxfer_config, c.tp_rank, c.device
         self.running = True
         self._dtype = metadata.get_dtypes()[0]
         self._format = MemoryFormat.KV_MLA_FMT if getattr(metadata, "use_mla", False) else MemoryFormat.KV_2LTD
@@ -155,9 +158,10 @@ class PdBackend(AllocatorBackendInterface):
         """Where a request of vLLM goes: to its own `disagg_spec`, to the receiver that the configuration names, or nowhere (None)."""
         return self._side.spec_for(request, transfer_spec)
 
-    def storing(self, request: str | None, transfer_spec: Any) -> contextlib.AbstractContextManager:
-        """Around a store of LMCache's cache engine: notes when it began, and which request of vLLM is which of the proxy."""
-        return self._side.storing(request, transfer_spec)
+    def storing(self, request: str | None, transfer_spec: Any, stream: Any = None) -> contextlib.AbstractContextManager:
+        """Around a store of LMCache's cache engine: notes when it began, which request of vLLM is which of the proxy, and the CUDA stream
+        that fills the pages."""
+        return self._side.storing(request, transfer_spec, stream)
 
     def handed_over(self, request: str | None, transfer_spec: Any) -> int:
         """Tokens of a request of vLLM that earlier steps have handed over; whole chunks. LMCache counts them in an object of which
@@ -285,14 +289,27 @@ class _Request:
     future: Future = field(default_factory=Future)
 
 
+def gpu_buffer(c: settings.PdConfig) -> torch.Tensor:
+    """The buffer on a GPU: LMCache's own way of allocating it, so that its kernels and torch know it."""
+    return torch.empty(c.buffer_bytes, dtype=torch.uint8, device=c.device)
+
+
+def buffer_of(agent: Agent, c: settings.PdConfig) -> tuple[Region, torch.Tensor]:
+    """The prefiller's pages: shareable host memory, or a GPU's."""
+    if c.device != "cpu":
+        tensor = gpu_buffer(c)
+        return agent.register(tensor), tensor
+    region = agent.allocate(c.buffer_bytes)
+    return region, tensor_over(region.address, c.buffer_bytes)
+
+
 class _Prefiller:
     """The sending side: staging pages, requests under way, what became of them."""
 
     def __init__(self, backend: PdBackend, agent: Agent):
         c = backend.kvxfer_config
         self._config, self._metrics = c, backend._metrics
-        self._region = agent.allocate(c.buffer_bytes)
-        buffer = tensor_over(self._region.address, c.buffer_bytes)
+        self._region, buffer = buffer_of(agent, c)
         self.allocator = Staging(buffer, c.chunk_shape, backend._dtype, backend._format)
         self._outbox = Outbox(
             agent,
@@ -323,7 +340,9 @@ class _Prefiller:
                 "kvxfer: no staging page for a chunk: all %d are in use and %s. What has one is sent, the rest is computed by the decoder; "
                 "enlarge pd_buffer_size",
                 self.allocator.pages,
-                f"none came back within {self._config.allocation_timeout:g} s" if self._page_may_come() else "none is on its way",
+                f"none came back within {self._config.allocation_timeout:g} s"
+                if self._page_may_come()
+                else "none is on its way",
             )
         return page
 
@@ -344,15 +363,15 @@ class _Prefiller:
             return known.tokens if known is not None and request is not None and known.vllm == request else 0
 
     @contextlib.contextmanager
-    def storing(self, request: str | None, transfer_spec: Any) -> Iterator[None]:
-        self._local.began, self._local.vllm = time.perf_counter(), request
+    def storing(self, request: str | None, transfer_spec: Any, stream: Any = None) -> Iterator[None]:
+        self._local.began, self._local.vllm, self._local.stream = time.perf_counter(), request, stream
         if request is not None and not isinstance(transfer_spec, _Spec):
             with self._lock:
                 self._names[request] = str(transfer_spec.req_id)
         try:
             yield
         finally:
-            self._local.began = self._local.vllm = None
+            self._local.began = self._local.vllm = self._local.stream = None
 
     def put(
         self,
@@ -389,7 +408,9 @@ class _Prefiller:
                 request.offload += time.perf_counter() - began
         try:
             total = int(getattr(spec, "total_chunks", 0) or 0)
-            number = self._outbox.put(name, receiver, chunks, total=total, first=first, last=last)
+            number = self._outbox.put(
+                name, receiver, chunks, total=total, first=first, last=last, after=self._complete_at()
+            )
         except BaseException:
             for memory_obj in memory_objs:
                 memory_obj.ref_count_down()
@@ -406,6 +427,13 @@ class _Prefiller:
         if last and (c.pd.wait_for_arrival or isinstance(spec, _Spec)):
             self._wait_for(request)
         return [request.future]
+
+    def _complete_at(self) -> Fence | None:
+        """When the pages of this step are full: LMCache waits for its copies where pages are host memory, on a GPU they go on."""
+        if self._region.device is None:
+            return None
+        stream = getattr(self._local, "stream", None)
+        return Fence(torch.cuda.current_stream() if stream is None else stream, self._region.device)
 
     def _wait_for(self, request: _Request) -> None:
         try:
@@ -465,7 +493,9 @@ class _Prefiller:
             if not request.future.done():
                 request.future.set_result(request.chunks)
             return
-        hint = " (PYTHONHASHSEED must be the same number on all instances)" if "hash_seed differs" in str(failure) else ""
+        hint = (
+            " (PYTHONHASHSEED must be the same number on all instances)" if "hash_seed differs" in str(failure) else ""
+        )
         logger.error(
             "kvxfer: request %s has not arrived (%s%s): %s%s. The decoder computes it",
             event.request,
@@ -532,16 +562,18 @@ class _Decoder:
     def __init__(self, backend: PdBackend, agent: Agent):
         c = backend.kvxfer_config
         self._metrics = backend._metrics
+        memory = None if c.device == "cpu" else gpu_buffer(c)
         self._receiver = Receiver(
             agent,
             c.geometry,
             c.buffer_bytes // c.geometry.page_bytes,
+            memory=memory,
             max_queue=c.pd.max_queue,
             lease=c.pd.lease,
             admission_timeout=c.allocation_timeout,
             retention=c.pd.retention,
         )
-        pool = tensor_over(self._receiver.address, c.buffer_bytes)
+        pool = tensor_over(self._receiver.address, c.buffer_bytes) if memory is None else memory
         self.allocator = ReceivedChunks(pool, c.geometry.page_bytes, c.chunk_shape, backend._dtype, backend._format)
         self._lock = threading.Lock()
         # Found by a lookup, kept for its load: the chunk, and until when.
@@ -629,7 +661,7 @@ class _Decoder:
     def read_back(self, keys: Sequence[Any], memory_objs: list[MemoryObj], spec: Any) -> int:
         return 0
 
-    def storing(self, request: str | None, transfer_spec: Any) -> contextlib.AbstractContextManager:
+    def storing(self, request: str | None, transfer_spec: Any, stream: Any = None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def handed_over(self, request: str | None, transfer_spec: Any) -> int:

@@ -45,6 +45,8 @@ class PdConfig:
     tp_rank: int
     geometry: Geometry
     chunk_shape: tuple[int, ...]
+    device: str
+    """Where the buffer lies: `cpu`, `cuda` (the worker's own device) or `cuda:N`."""
     buffer_bytes: int
     listen: str | None
     receiver: tuple[str, list[int]] | None
@@ -80,9 +82,9 @@ def read(config: Any, metadata: Any) -> PdConfig:
         raise ValueError(f"pd_role: {role!r}; 'sender', 'receiver' and 'both' are possible")
     if not config.pd_buffer_size:
         raise ValueError("pd_buffer_size is missing: bytes of the buffer that chunks travel through, e.g. 1073741824")
-    device = config.pd_buffer_device
-    if device is not None and not str(device).startswith("cpu"):
-        raise ValueError(f"pd_buffer_device: {device!r}; kvxfer's PD backend keeps its buffer in host memory: set it to 'cpu'")
+    device = str(config.pd_buffer_device or "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"pd_buffer_device: {device!r}; 'cpu' and 'cuda' are possible")
     pd, agent = _extra(config)
 
     shape = tuple(int(n) for n in metadata.get_shapes(config.chunk_size)[0])
@@ -122,6 +124,7 @@ def read(config: Any, metadata: Any) -> PdConfig:
         tp_rank=rank,
         geometry=_geometry(config, metadata, shape, dtype, page),
         chunk_shape=shape,
+        device=device,
         buffer_bytes=pages * page,
         listen=listen,
         receiver=receiver,

@@ -6,24 +6,33 @@ from typing import Any
 
 
 def layers_of(kv_caches: dict[str, Any]) -> list[tuple[str, int, int, int, Any]]:
-    """Per layer: name, address, length, bytes of a block, the tensor. Layers that share a tensor come once."""
+    """Per layer: name, address, length, bytes of a block, the tensor. Layers that share a tensor come once. Where keys and values lie apart
+    (`[2, blocks, …]`, as most of vLLM's GPU backends keep them) a layer has two entries."""
     found: list[tuple[str, int, int, int, Any]] = []
     blocks = None
     for name, tensor in kv_caches.items():
         if not hasattr(tensor, "data_ptr"):
             raise ValueError(f"KvxferConnector: the cache of layer {name} is a {type(tensor).__name__}, not one tensor")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"KvxferConnector: the cache of layer {name} is on {tensor.device}; host memory is supported")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"KvxferConnector: the cache of layer {name} is on {tensor.device}; host and CUDA memory are supported"
+            )
         if not tensor.is_contiguous():
             raise ValueError(
                 f"KvxferConnector: the cache of layer {name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()})"
             )
         if any(address == tensor.data_ptr() for _, address, *_ in found):
             continue
-        if blocks is not None and tensor.shape[0] != blocks:
-            raise ValueError(f"KvxferConnector: layer {name} has {tensor.shape[0]} blocks, others {blocks}: blocks must come first in its shape")
-        blocks = tensor.shape[0]
-        found.append((name, tensor.data_ptr(), tensor.nbytes, tensor.nbytes // blocks, tensor))
+        planes = [(name, tensor)]
+        if tensor.device.type == "cuda" and tensor.dim() == 5 and tensor.shape[0] == 2:
+            planes = [(f"{name}.k", tensor[0]), (f"{name}.v", tensor[1])]
+        for part, plane in planes:
+            if blocks is not None and plane.shape[0] != blocks:
+                raise ValueError(
+                    f"KvxferConnector: layer {part} has {plane.shape[0]} blocks, others {blocks}: blocks must come first in its shape"
+                )
+            blocks = plane.shape[0]
+            found.append((part, plane.data_ptr(), plane.nbytes, plane.nbytes // blocks, tensor))
     if not found:
         raise ValueError("KvxferConnector: the model has no cache")
     return found

@@ -45,10 +45,14 @@ class KvxferConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         groups = len(kv_cache_config.kv_cache_groups)
         if groups != 1:
-            raise ValueError(f"KvxferConnector: the model's cache has {groups} groups of layers; one is supported (--disable-hybrid-kv-cache-manager)")
+            raise ValueError(
+                f"KvxferConnector: the model's cache has {groups} groups of layers; one is supported (--disable-hybrid-kv-cache-manager)"
+            )
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size != 1:
-            raise ValueError(f"KvxferConnector: pipeline_parallel_size is {parallel.pipeline_parallel_size}; 1 is supported")
+            raise ValueError(
+                f"KvxferConnector: pipeline_parallel_size is {parallel.pipeline_parallel_size}; 1 is supported"
+            )
         transfer = vllm_config.kv_transfer_config
         settings, host, port, hold, read_timeout = settings_of(transfer.kv_connector_extra_config or {})
         self._engine = str(transfer.engine_id)

@@ -60,7 +60,9 @@ def handover_of(params: Mapping[str, Any]) -> Handover:
     ours = params.get("kvxfer")
     addresses: Any = ours.get("addresses") if isinstance(ours, Mapping) else None
     if not _is_list(addresses, str, MAX_RANKS) or not all(a.startswith("tcp://") for a in addresses or ()):
-        raise ValueError(f"kvxfer.addresses: {_short(addresses)} are no addresses of kvxfer's workers; does the prefiller run KvxferConnector?")
+        raise ValueError(
+            f"kvxfer.addresses: {_short(addresses)} are no addresses of kvxfer's workers; does the prefiller run KvxferConnector?"
+        )
     blocks: Any = params.get("remote_block_ids")
     tokens = params.get("remote_num_tokens")
     # vLLM's own connectors have a list per group of layers; here there is one group.

@@ -208,7 +208,9 @@ class Worker:
             self._reach(handover, rank).peer.notify(_message("drop", handover, 0))
         except Exception as e:
             # The prefiller's own deadline gives the blocks back.
-            logger.debug("kvxfer: the prefiller of %s was not told that its blocks are not needed: %s", handover.request, e)
+            logger.debug(
+                "kvxfer: the prefiller of %s was not told that its blocks are not needed: %s", handover.request, e
+            )
 
     def _was_held(self, peer: Peer, handover: plan.Handover) -> bool:
         number, answer = next(self._numbers), _Answer()
@@ -367,7 +369,9 @@ def settings_of(extra: Mapping[str, Any]) -> tuple[dict[str, Any], str, int, flo
     known = {"kvxfer", "host", "port", "hold", "read_timeout"}
     for key in extra:
         if key not in known:
-            raise ValueError(f"kv_connector_extra_config: {key!r} is not a setting; known are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"kv_connector_extra_config: {key!r} is not a setting; known are {', '.join(sorted(known))}"
+            )
     agent = extra.get("kvxfer", {})
     if not isinstance(agent, Mapping):
         raise ValueError(f"kv_connector_extra_config: kvxfer: {agent!r} is not a mapping of settings")
@@ -382,5 +386,7 @@ def settings_of(extra: Mapping[str, Any]) -> tuple[dict[str, Any], str, int, flo
         numbers.append(float(value))
     for variable in ("KVXFER_NAME", "KVXFER_LISTEN", "KVXFER_CONFIG"):
         if os.environ.get(variable):
-            raise ValueError(f"{variable} is set, but name and address come from kv_connector_extra_config (host, port): unset it")
+            raise ValueError(
+                f"{variable} is set, but name and address come from kv_connector_extra_config (host, port): unset it"
+            )
     return dict(agent), str(extra.get("host", "")), port, numbers[0], numbers[1]

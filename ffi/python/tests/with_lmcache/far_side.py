@@ -69,7 +69,9 @@ def fill(memory_object, seed, tokens=CHUNK):
 
 def serve(pipe, what, arguments):
     try:
-        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd, "l1": _serve_l1, "p2p": _serve_p2p}[what](pipe, *arguments)
+        {"channel": _serve_channel, "backend": _serve_backend, "pd": _serve_pd, "l1": _serve_l1, "p2p": _serve_p2p}[
+            what
+        ](pipe, *arguments)
     except Exception as e:
         pipe.send(e)
 
@@ -312,7 +314,9 @@ def keep(local, numbers):
     from lmcache.v1.memory_management import MemoryFormat
 
     for n in numbers:
-        memory_object = local.allocate(torch.Size((2, LAYERS, P2P_CHUNK, HEADS * HEAD_SIZE)), torch.bfloat16, MemoryFormat.KV_2LTD)
+        memory_object = local.allocate(
+            torch.Size((2, LAYERS, P2P_CHUNK, HEADS * HEAD_SIZE)), torch.bfloat16, MemoryFormat.KV_2LTD
+        )
         fill(memory_object, n, P2P_CHUNK)
         local.submit_put_task(key(n), memory_object)
         memory_object.ref_count_down()

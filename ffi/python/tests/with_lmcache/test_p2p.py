@@ -34,7 +34,9 @@ def controller(tmp_path_factory):
     command = [sys.executable, "-m", "lmcache.v1.api_server", "--host", "127.0.0.1", "--port", str(http)]
     command += ["--monitor-ports", json.dumps({"pull": pull, "reply": reply})]
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"})
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=os.environ | {"LMCACHE_TRACK_USAGE": "false"}
+        )
     try:
         yield pull, reply
         assert process.poll() is None, log.read_text()[-2000:]

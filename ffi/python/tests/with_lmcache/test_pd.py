@@ -304,7 +304,7 @@ def test_another_hash_seed_is_reported_as_what_it_is(prefiller, ports, theirs):
     [
         ({"pd_role": "boss"}, "pd_role"),
         ({"pd_buffer_size": 10}, "pd_buffer_size"),
-        ({"pd_buffer_device": "cuda"}, "pd_buffer_device"),
+        ({"pd_buffer_device": "xpu"}, "pd_buffer_device"),
         ({"pd_max_prefill_len": PAGES * CHUNK + 1}, "pd_max_prefill_len"),
         ({"extra_config": {"kvxfer": {"pd": {"patience": -1}}}}, "patience"),
         ({"extra_config": {"kvxfer": {"pd": {"patients": 1}}}}, "patients"),

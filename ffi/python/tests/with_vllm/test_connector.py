@@ -52,7 +52,9 @@ def expected(stack, tokens):
 
 def blocks_are_free(stack):
     for base in (stack.prefiller, stack.decoder):
-        until(lambda base=base: gauge(base, "vllm:kv_cache_usage_perc") == 0, f"{base} has all its blocks", HOLD_S + SOON)
+        until(
+            lambda base=base: gauge(base, "vllm:kv_cache_usage_perc") == 0, f"{base} has all its blocks", HOLD_S + SOON
+        )
 
 
 def test_tokens_are_those_of_one_instance_and_the_blocks_come_back(stack):
@@ -177,7 +179,13 @@ def test_through_the_example_proxy_whole_and_streamed(stack):
         wanted, before = expected(stack, tokens), len(reads(stack))
         assert ask(base, tokens) == wanted
         assert len(reads(stack)) == before + 1
-        body = {"model": MODEL_NAME, "prompt": prompt(300, "streamed"), "max_tokens": 5, "ignore_eos": True, "stream": True}
+        body = {
+            "model": MODEL_NAME,
+            "prompt": prompt(300, "streamed"),
+            "max_tokens": 5,
+            "ignore_eos": True,
+            "stream": True,
+        }
         with httpx.stream("POST", base + "/v1/completions", json=body, timeout=60, trust_env=False) as answer:
             lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
         assert len(lines) >= 6 and lines[-1] == "data: [DONE]"

@@ -39,6 +39,8 @@ def test_a_guides_files_as_written_start_a_working_pair(guide):
         for role, notices in SAID[guide].items():
             log = stack.log(role).read_text()
             assert [log.count(notice) for notice in notices] == [1] * len(notices), role
-        assert re.search("LMCache hit tokens: [5-7]", stack.log("decoder").read_text()), "the second prompt's cache has come"
+        assert re.search("LMCache hit tokens: [5-7]", stack.log("decoder").read_text()), (
+            "the second prompt's cache has come"
+        )
         if channel == "kvxfer":
             assert gauge(stack.decoder, "kvxfer_pd_loaded_chunks_total") > 0

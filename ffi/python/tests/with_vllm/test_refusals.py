@@ -78,7 +78,11 @@ def test_bytes_that_change_on_the_way_are_never_used(stack, prefiller):
 def test_another_hash_seed_is_reported_as_what_it_is(stack, prefiller):
     prefiller(environment={"PYTHONHASHSEED": "7"})
     answer, tokens = refused(
-        stack, "seed", "hash_seed differs", "PYTHONHASHSEED must be the same number on all instances", "PYTHONHASHSEED=7"
+        stack,
+        "seed",
+        "hash_seed differs",
+        "PYTHONHASHSEED must be the same number on all instances",
+        "PYTHONHASHSEED=7",
     )
     assert answer == ask(stack.decoder, tokens)
 
