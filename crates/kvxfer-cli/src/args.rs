@@ -32,6 +32,7 @@ Settings of the library (KVXFER_* variables) apply here too; see docs/cli.md.
 Exit codes: 0 all held · 1 something did not hold, or failed · 2 wrong usage · 130 interrupted";
 
 #[derive(Subcommand, Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once, from the command line")]
 pub(crate) enum Command {
     /// Move a prompt's KV cache between two processes, check every byte, then kill the sender and recover.
     Demo(DemoArgs),
@@ -94,10 +95,12 @@ Examples:
   kvxfer bench --quick                          a first look, under 20 seconds
   kvxfer bench --only throughput --transport shm --piece 16K --pattern random
   kvxfer bench --json run.json --html run.html --markdown
+  kvxfer bench --gpu --json gpu.json            GPU memory, two processes on one device
 Two hosts:
   host A:  kvxfer bench --server tcp://192.0.2.1:7300
   host B:  kvxfer bench --client tcp://192.0.2.1:7300
 Set KVXFER_AUTH_KEY to the same secret on both, unless the network is yours alone.")]
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
 pub(crate) struct BenchArgs {
     /// Transports; default: all that both sides have.
     #[arg(long, value_name = "A,B", value_delimiter = ',', value_parser = transport)]
@@ -139,6 +142,12 @@ pub(crate) struct BenchArgs {
     /// No progress bar.
     #[arg(long)]
     pub no_progress: bool,
+    /// Measure GPU memory instead: device to device, device to host, scattered blocks, beside the driver's own copies and NIXL.
+    #[arg(long, conflicts_with_all = ["server", "client", "html", "transport", "piece", "pattern", "op", "integrity", "only", "bytes"])]
+    pub gpu: bool,
+    /// The two processes' CUDA devices; the same number twice is two processes on one GPU.
+    #[arg(long, value_name = "A,B", value_delimiter = ',', num_args = 1.., default_value = "0,0", requires = "gpu")]
+    pub gpu_devices: Vec<i32>,
     /// Serve a benchmark on another host: listen on this address until interrupted.
     #[arg(long, value_name = "ADDR", conflicts_with_all = ["client", "json", "html", "markdown"])]
     pub server: Option<String>,
@@ -214,6 +223,7 @@ pub(crate) enum ChildRole {
     DemoReceiver,
     DemoSender,
     BenchServer,
+    BenchGpu,
     BenchNixl,
     CmaTarget,
 }

@@ -100,6 +100,7 @@ fn run(command: &Command) -> Result<Verdict, Failure> {
                 ChildRole::DemoReceiver => demo::receiver::run(),
                 ChildRole::DemoSender => demo::sender::run(),
                 ChildRole::BenchServer => bench::server::run_child(),
+                ChildRole::BenchGpu => bench::gpu::run_child(),
                 ChildRole::BenchNixl => bench::nixl::run_child(),
                 ChildRole::CmaTarget => doctor::cma::run_target(),
             };

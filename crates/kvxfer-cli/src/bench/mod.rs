@@ -7,6 +7,20 @@
 pub(crate) mod cases;
 mod charts;
 pub(crate) mod client;
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+#[cfg(not(feature = "cuda"))]
+pub(crate) mod gpu {
+    //! In a build without CUDA.
+    use crate::args::BenchArgs;
+    use crate::{Failure, Verdict};
+    pub(crate) fn run(_: &BenchArgs) -> Result<Verdict, Failure> {
+        Err(Failure::new("this build has no CUDA: build with the feature `cuda`"))
+    }
+    pub(crate) fn run_child() -> Result<(), Failure> {
+        Err(Failure::new("this build has no CUDA"))
+    }
+}
 mod html;
 mod measure;
 pub(crate) mod nixl;
@@ -31,6 +45,9 @@ use std::path::Path;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 pub(crate) fn run(args: &BenchArgs) -> Result<Verdict, Failure> {
+    if args.gpu {
+        return gpu::run(args);
+    }
     if let Some(address) = &args.server {
         server::run_host(address)?;
         return Ok(Verdict::Held);

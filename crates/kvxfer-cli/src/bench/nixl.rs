@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 struct Meet {
     metadata: String,
     bytes: u64,
+    /// Memory of this CUDA device; the host's without.
+    device: Option<i32>,
     config: AgentConfig,
 }
 
@@ -45,7 +47,8 @@ impl Bare {
         agent.register(&memory)?;
         let metadata = hex(&agent.metadata()?);
         let mut child = Child::start("bare NIXL", &["internal-child", "bench-nixl"])?;
-        let met: Met = child.ask(&Meet { metadata, bytes: memory.len() as u64, config }, DEADLINE)?;
+        let device = memory.on_device().map(kvxfer_core::cuda::Device::ordinal);
+        let met: Met = child.ask(&Meet { metadata, bytes: memory.len() as u64, device, config }, DEADLINE)?;
         let peer = agent.connect(&unhex(&met.metadata)?)?;
         Ok(Self { agent, memory, peer, address: met.address, child })
     }
@@ -67,10 +70,13 @@ impl Bare {
 
 /// The child: offers memory and lets NIXL progress now and then, until its input closes.
 pub(crate) fn run_child() -> Result<(), Failure> {
-    let Some(Meet { metadata, bytes, config }) = child::listen()? else {
+    let Some(Meet { metadata, bytes, device, config }) = child::listen()? else {
         return Err(Failure::new("the NIXL child was not told whom to meet"));
     };
-    let memory = Memory::anonymous(bytes as usize)?;
+    let memory = match device {
+        Some(device) => Memory::device(&kvxfer_core::cuda::Device::get(device)?, bytes as usize)?,
+        None => Memory::anonymous(bytes as usize)?,
+    };
     touch(&memory)?;
     let mut agent = nixl::Bare::new("kvxfer-bench-far", &config.nixl)?;
     agent.register(&memory)?;

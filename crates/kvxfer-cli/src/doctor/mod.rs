@@ -2,6 +2,8 @@
 //! to fix what is missing. One verdict per line.
 
 pub(crate) mod cma;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod libraries;
 mod paths;
 mod python;
@@ -65,6 +67,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Verdict, Failure> {
     let mut checks = system::checks(&machine, &args.port);
     checks.push(cma::check());
     checks.extend(libraries::checks());
+    #[cfg(feature = "cuda")]
+    checks.extend(gpu::checks());
     checks.extend(python::checks());
     let mut rates = Vec::new();
     let local = paths::this_host(&mut checks, &mut rates, budget, &machine);

@@ -89,6 +89,7 @@ fn chosen(paths: &[(TransportKind, String)], area: &'static str) -> Check {
             };
             let memory = match kind {
                 TransportKind::Shm => " for memory of kvxfer's own; foreign memory takes the next one",
+                TransportKind::CudaIpc => " for GPU memory; host memory takes the next one",
                 _ => "",
             };
             Check::new(

@@ -78,6 +78,9 @@ impl RegionInner {
             });
             match made {
                 Ok(ticket) => tickets.extend(ticket),
+                Err(e) if kind == TransportKind::CudaIpc => {
+                    tracing::warn!(peer = %peer.info.name, region = name, error = %e, "not offered over cuda_ipc");
+                }
                 Err(e) => tracing::debug!(peer = %peer.info.name, transport = %kind, error = %e, "no ticket"),
             }
         }

@@ -149,6 +149,16 @@ impl Device {
         }
     }
 
+    /// Whether kernels of this device touch memory of `other` directly.
+    pub fn reaches(&self, other: &Self) -> Result<bool> {
+        self.reach(other)
+    }
+
+    /// Loads kvxfer's kernels on this device; the error is the driver's.
+    pub fn try_kernels(&self) -> Result<()> {
+        super::kernels::Kernels::load(self).map(drop)
+    }
+
     /// Least and greatest stream priority; the greater the number, the lower the priority.
     pub(crate) fn priorities(&self) -> Result<(i32, i32)> {
         let _here = self.enter()?;

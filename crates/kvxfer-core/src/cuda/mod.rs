@@ -8,6 +8,8 @@
 //! between device-visible addresses, behind a [`Fence`] of the producer's stream; the `cuda_ipc` transport drives it.
 
 #[cfg(feature = "cuda")]
+pub mod baseline;
+#[cfg(feature = "cuda")]
 mod block;
 #[cfg(feature = "cuda")]
 mod device;
@@ -70,14 +72,20 @@ pub struct Probe {
     pub driver: String,
     /// Names of the visible devices.
     pub devices: Vec<String>,
+    /// It takes many copies in one call (CUDA 12.8).
+    pub batched_copies: bool,
 }
 
 /// Loads the driver library and asks it, without making a context. [`kvxfer_proto::ErrorCode::NotAvailable`] where there is none.
 #[cfg(feature = "cuda")]
 pub fn probe() -> Result<Probe> {
-    let version = driver::driver()?.version;
+    let driver::Driver { version, batch } = *driver::driver()?;
     let devices = (0..device::count()?).map(device::name).collect::<Result<_>>()?;
-    Ok(Probe { driver: format!("{}.{}", version / 1000, version % 1000 / 10), devices })
+    Ok(Probe {
+        driver: format!("{}.{}", version / 1000, version % 1000 / 10),
+        devices,
+        batched_copies: batch,
+    })
 }
 
 /// Always an error in this build.

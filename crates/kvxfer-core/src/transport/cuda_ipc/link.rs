@@ -212,7 +212,8 @@ impl Link for CudaLink {
             None => "within this process".to_owned(),
             Some(p) => format!("process {}", p.pid),
         };
-        format!("{place}, {} regions on {}", imports.regions.len(), devices.join(", "))
+        let on = if devices.is_empty() { String::new() } else { format!(" on {}", devices.join(", ")) };
+        format!("{place}, for GPU memory, {} regions{on}", imports.regions.len())
     }
 }
 
