@@ -23,10 +23,16 @@ build: setup ## the library and the command, release profile
 nixl: ## NIXL from PyPI into the cache folder, for the nixl transport
 	@scripts/install-nixl.sh || echo "nixl: not installed; everything else works without it"
 
+nvrtc: ## NVIDIA's run-time compiler from PyPI into the cache folder, to check the GPU kernels
+	@scripts/install-nvrtc.sh || echo "nvrtc: not installed; the kernels' PTX is not compared with their sources"
+
+ptx: nvrtc ## regenerate the PTX of the GPU kernels
+	KVXFER_UPDATE_PTX=1 cargo test -p kvxfer-core --lib the_shipped_ptx
+
 demo: build nixl ## the main job: two prefillers, a decoder and the proxy answer prompts; a large cache over each transport
 	KVXFER=$(CURDIR)/$(KVXFER) KVXFER_ENGINE=$(CURDIR)/$(PROFILE_DIR)/kvxfer-engine examples/disagg_prefill/demo.sh
 
-test: setup-test nixl test-rust test-python ## every test: Rust, C, C++, Python
+test: setup-test nixl nvrtc test-rust test-python ## every test: Rust, C, C++, Python
 
 test-rust:
 	cargo test --workspace $(FEATURES)
@@ -61,6 +67,9 @@ demo-vllm: setup-test build ## a real vLLM prefiller and decoder hand over a rea
 
 test-vllm: setup-test test-python ## kvxfer's PD backend with real vLLM servers: tokens, faults, metrics (CPU, ~10 min)
 	scripts/test-vllm.sh
+
+test-gpu: setup-test nvrtc ## the tests of device memory on this machine's GPU, and the benchmark
+	scripts/test-gpu.sh
 
 install: build ## library, headers, pkg-config, CMake package and command into PREFIX (DESTDIR is honoured)
 	scripts/install.sh $(PREFIX)

@@ -12,10 +12,13 @@ struct __align__(16) Wide {
 };
 #define KERNEL extern "C" __global__ void
 #define INSIDE static __device__ __forceinline__
+// Parameters stay where the driver put them, in constant memory.
+#define GRID_CONSTANT const __grid_constant__
 // Threads of a warp, and which one this is.
 INSIDE u32 lane() { return threadIdx.x & 31u; }
 INSIDE u32 first_warp() { return (blockIdx.x * blockDim.x + threadIdx.x) >> 5; }
 INSIDE u32 warps() { return (gridDim.x * blockDim.x) >> 5; }
+INSIDE void add(u64 at, u64 value) { atomicAdd(reinterpret_cast<u64 *>(at), value); }
 // Addresses are used as they are.
 INSIDE u64 near(u64 at, u64) { return at; }
 

@@ -12,6 +12,7 @@ pub mod config;
 mod copy;
 pub mod cuda;
 pub mod error;
+pub mod gather;
 pub mod memory;
 pub mod metrics;
 pub mod notify;

@@ -17,6 +17,7 @@ struct Place {
 inline thread_local Place threadIdx, blockIdx, blockDim, gridDim;
 #define KERNEL static void
 #define INSIDE static inline
+#define GRID_CONSTANT const
 inline u32 lane() { return threadIdx.x & 31u; }
 inline u32 first_warp() { return (blockIdx.x * blockDim.x + threadIdx.x) >> 5; }
 inline u32 warps() { return (gridDim.x * blockDim.x) >> 5; }
@@ -47,6 +48,11 @@ template <class T> struct Memory {
     memcpy(reinterpret_cast<void *>(at), &v, sizeof v);
   }
 };
+
+inline void add(u64 at, u64 value) {
+  u64 now = Memory<u64>::load(at);
+  Memory<u64>::store(at, now + value);
+}
 
 // Runs one thread after the other.
 template <class Body> int every_thread(const unsigned grid[3], const unsigned block[3], Body body) {

@@ -170,6 +170,23 @@ impl Device {
         Ok((least, greatest))
     }
 
+    /// Compute capability, major and minor.
+    pub(crate) fn capability(&self) -> Result<(i32, i32)> {
+        use sys::CUdevice_attribute as A;
+        let mut found = [0; 2];
+        let wanted = [
+            A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        ];
+        for (out, attribute) in found.iter_mut().zip(wanted) {
+            // SAFETY: the pointer is to a live integer.
+            check("cuDeviceGetAttribute", unsafe {
+                sys::cuDeviceGetAttribute(out, attribute, self.0.device)
+            })?;
+        }
+        Ok((found[0], found[1]))
+    }
+
     /// Bus address of the device as sysfs names it (`0000:4f:00.0`); it tells the NUMA node.
     pub fn pci_bus_id(&self) -> Result<String> {
         let mut text = [0u8; 32];

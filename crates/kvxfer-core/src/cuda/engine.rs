@@ -57,7 +57,7 @@ pub(crate) struct Flight {
 }
 
 /// Room for descriptors: pinned host memory, and as much on the device.
-struct Scratch {
+pub(super) struct Scratch {
     device: Device,
     host: *mut u8,
     far: u64,
@@ -119,19 +119,33 @@ impl Engine {
         fence: Option<&Fence>,
         kernel: bool,
     ) -> Result<Flight> {
+        let total: u64 = moves.iter().map(|m| m.len).sum();
+        let few_or_long = moves.len() < KERNEL_PIECES || total / moves.len().max(1) as u64 > KERNEL_PIECE;
+        let mut scratch = None;
+        let mut flight =
+            self.fly(stream, fence, |stream| match (kernel && !few_or_long).then(|| self.kernels()) {
+                Some(Ok(kernels)) => self.by_kernel(kernels, stream, moves, &mut scratch),
+                // SAFETY: the caller's promise.
+                _ => unsafe { self.by_copies(stream, moves) },
+            })?;
+        flight.scratch = scratch;
+        Ok(flight)
+    }
+
+    /// Gives a stream something to do after `fence`, and an event behind it. On an error nothing of it is under way any more.
+    pub(super) fn fly(
+        self: &Arc<Self>,
+        stream: usize,
+        fence: Option<&Fence>,
+        work: impl FnOnce(&Stream) -> Result<()>,
+    ) -> Result<Flight> {
         let stream = &self.streams[stream % STREAMS];
         if let Some(fence) = fence {
             stream.wait_for(fence.event())?;
         }
         let event = self.idle.lock().events.pop().map_or_else(|| Event::new(&self.device), Ok)?;
         let mut flight = Flight { engine: self.clone(), event: Some(event), scratch: None };
-        let total: u64 = moves.iter().map(|m| m.len).sum();
-        let few_or_long = moves.len() < KERNEL_PIECES || total / moves.len().max(1) as u64 > KERNEL_PIECE;
-        let started = match (kernel && !few_or_long).then(|| self.kernels()) {
-            Some(Ok(kernels)) => self.by_kernel(kernels, stream, moves, &mut flight),
-            // SAFETY: the caller's promise.
-            _ => unsafe { self.by_copies(stream, moves) },
-        };
+        let started = work(stream);
         let recorded = flight.event.as_ref().map_or(Ok(()), |e| e.record(stream));
         if started.is_ok() && recorded.is_ok() {
             return Ok(flight);
@@ -220,7 +234,7 @@ impl Engine {
         kernels: &Kernels,
         stream: &Stream,
         moves: &[Move],
-        flight: &mut Flight,
+        keep: &mut Option<Scratch>,
     ) -> Result<()> {
         let count: usize = moves.iter().map(|m| m.len.div_ceil(KERNEL_CUT) as usize).sum();
         let mut scratch = self.scratch(count * size_of::<Move>())?;
@@ -249,17 +263,17 @@ impl Engine {
                 sys::cuMemcpyAsync(scratch.far, scratch.host as u64, bytes, stream.raw())
             });
             if copied.is_err() {
-                flight.scratch = Some(scratch);
+                *keep = Some(scratch);
                 return copied;
             }
         }
         drop(here);
-        flight.scratch = Some(scratch);
+        *keep = Some(scratch);
         // Wide accesses need both sides alike modulo 16; the kernel sees to each piece by itself.
         kernels.copy(stream, descriptors, count)
     }
 
-    fn scratch(&self, bytes: usize) -> Result<Scratch> {
+    pub(super) fn scratch(&self, bytes: usize) -> Result<Scratch> {
         let bytes = bytes.next_power_of_two().max(16 << 10);
         {
             let mut idle = self.idle.lock();
@@ -345,6 +359,30 @@ impl Scratch {
             return Err(Error::failed(ErrorCode::Transport, "cuMemHostAlloc gave no memory"));
         }
         Ok(Self { device: device.clone(), host: host.cast(), far: 0, bytes })
+    }
+
+    /// Copies bytes to an offset of the pinned half, which no copy or kernel uses at the moment.
+    pub(super) fn put(&self, offset: usize, bytes: &[u8]) {
+        assert!(
+            offset <= self.bytes && bytes.len() <= self.bytes - offset,
+            "{offset} + {} of {}",
+            bytes.len(),
+            self.bytes
+        );
+        // SAFETY: inside the allocation, which this value owns; `bytes` is somebody else's.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.host.add(offset), bytes.len()) };
+    }
+
+    /// Word `i` of 8 bytes, once nothing writes there any more.
+    pub(super) fn word(&self, i: usize) -> u64 {
+        assert!(8 * i + 8 <= self.bytes);
+        // SAFETY: inside the allocation, which is aligned to a page.
+        unsafe { self.host.cast::<std::ffi::c_void>().cast::<u64>().add(i).read_volatile() }
+    }
+
+    /// Address of the pinned half, for devices too.
+    pub(super) fn address(&self) -> u64 {
+        self.host as u64
     }
 
     /// Its half on the device, when first wanted. The context is current.

@@ -1,8 +1,9 @@
-//! The kernels of `kernels/*.cu`, loaded from the PTX that ships with the library.
+//! The kernels of `kernels/*.cu`, loaded from the PTX that ships with the library, or as compiled for the device (`nvrtc`).
 
 use super::device::Device;
 use super::driver::{check, check_drop, text};
 use super::stream::Stream;
+use crate::gather::Params;
 use crate::{Error, Result};
 use cudarc::driver::sys;
 use kvxfer_proto::ErrorCode;
@@ -13,6 +14,8 @@ pub(crate) struct Kernels {
     device: Device,
     module: sys::CUmodule,
     copy: sys::CUfunction,
+    /// With accesses of 16 bytes, and of 8.
+    paged: [sys::CUfunction; 2],
 }
 
 // SAFETY: handles that the driver lets any thread use.
@@ -30,6 +33,13 @@ const BLOCKS: u32 = 8;
 
 impl Kernels {
     pub(crate) fn load(device: &Device) -> Result<Self> {
+        let own = super::nvrtc::for_device(device);
+        if let Some(own) = &own {
+            match Self::from_ptx(device, own) {
+                Ok(kernels) => return Ok(kernels),
+                Err(e) => tracing::warn!(%device, error = %e, "kernels compiled for this device do not load"),
+            }
+        }
         Self::from_ptx(device, PTX)
     }
 
@@ -61,8 +71,14 @@ impl Kernels {
                 format!("the kernels do not load on {device}: {}: {}", text(result), log.trim()),
             ));
         }
-        let mut this = Self { device: device.clone(), module, copy: std::ptr::null_mut() };
+        let mut this = Self {
+            device: device.clone(),
+            module,
+            copy: std::ptr::null_mut(),
+            paged: [std::ptr::null_mut(); 2],
+        };
         this.copy = this.function("kvx_copy")?;
+        this.paged = [this.function("kvx_paged16")?, this.function("kvx_paged8")?];
         Ok(this)
     }
 
@@ -75,6 +91,31 @@ impl Kernels {
             sys::cuModuleGetFunction(&raw mut function, self.module, c_name.as_ptr())
         })?;
         Ok(function)
+    }
+
+    /// Moves between paged caches and chunks as `params` says, in about `items` parts.
+    pub(crate) fn paged(&self, stream: &Stream, params: &Params, items: u64, wide: bool) -> Result<()> {
+        let _here = self.device.enter()?;
+        let mut pointers = [std::ptr::from_ref(params).cast_mut().cast()];
+        let warps = THREADS / 32;
+        let grid = items.div_ceil(warps.into()).clamp(1, (self.device.processors() * BLOCKS).into()) as u32;
+        // SAFETY: one parameter of the kernel's type, copied by the call; whoever made it has checked every range, and keeps the memories
+        // until the end.
+        check(format_args!("launch of kvx_paged for {items} parts"), unsafe {
+            sys::cuLaunchKernel(
+                self.paged[usize::from(!wide)],
+                grid,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                stream.raw(),
+                pointers.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        })
     }
 
     /// Copies `count` pieces whose descriptors lie at `descriptors`, in device-visible memory.

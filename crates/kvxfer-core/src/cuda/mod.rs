@@ -22,6 +22,10 @@ mod ipc;
 #[cfg(feature = "cuda")]
 mod kernels;
 #[cfg(feature = "cuda")]
+mod nvrtc;
+#[cfg(feature = "cuda")]
+mod paged;
+#[cfg(feature = "cuda")]
 mod staging;
 #[cfg(feature = "cuda")]
 mod stream;
@@ -44,6 +48,8 @@ pub(crate) use driver::library;
 pub(crate) use engine::{Engine, Flight, Move};
 #[cfg(feature = "cuda")]
 pub(crate) use ipc::{Export, HANDLE, Opened, Way, export};
+#[cfg(feature = "cuda")]
+pub(crate) use paged::Paged;
 #[cfg(feature = "cuda")]
 pub(crate) use staging::{Landing, Slot, Staging, Then};
 #[cfg(feature = "cuda")]
