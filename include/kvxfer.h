@@ -166,6 +166,9 @@ typedef struct kvxfer_fence_t kvxfer_fence_t;
 // Chunks that a receiver has, held for reading until they are read or the handle is freed. Usable from any thread.
 typedef struct kvxfer_found_t kvxfer_found_t;
 
+// A gather: two views of a cache that fit each other. Usable from any thread.
+typedef struct kvxfer_gather_t kvxfer_gather_t;
+
 // Memory that peers on the same host can map. Usable from any thread.
 typedef struct kvxfer_memory_t kvxfer_memory_t;
 
@@ -622,6 +625,52 @@ typedef struct kvxfer_paged_chunk_t {
   // Bytes of the chunk; must be what its tokens, skipped ones too, come to.
   uint64_t length;
 } kvxfer_paged_chunk_t;
+
+// Layers of a cache in a region, and which of their tokens are meant. All numbers but counts are bytes.
+//
+// A layer `[2, blocks, block, heads, head]` has a `plane` of `blocks * block`, a `block` of `block_tokens * token`, a `token` of
+// `heads * head_bytes` and a `head` of `head_bytes`. Other orders differ in the strides alone. A contiguous chunk is one block of all its tokens.
+// Tokens are named by a table of blocks (`table`, `first`), by slots, or, with neither, one after the other from `first` on.
+typedef struct kvxfer_view_t {
+  // `sizeof(kvxfer_view_t)`.
+  size_t struct_size;
+  // Where the layers are: a GPU's memory, or pinned host memory.
+  const struct kvxfer_region_t *region;
+  // Offset of each layer in the region; any subset, in any order.
+  const uint64_t *layers;
+  // Number of layers.
+  size_t layer_count;
+  // From a token's keys to its values.
+  uint64_t plane;
+  // From block to block.
+  uint64_t block;
+  // From token to token in a block.
+  uint64_t token;
+  // From head to head.
+  uint64_t head;
+  // Bytes of a head of one token, a multiple of 8; of 16 for full speed.
+  uint64_t head_bytes;
+  // 2: keys and values; 1: one of something (multi-head latent attention).
+  uint32_t planes;
+  // Blocks.
+  uint32_t blocks;
+  // Tokens of a block.
+  uint32_t block_tokens;
+  // Heads that are meant, from the layers' offsets on.
+  uint32_t heads;
+  // Block of each `block_tokens` tokens; NULL: none.
+  const uint32_t *table;
+  // Entries of `table`.
+  size_t table_count;
+  // Slot of each token, `block * block_tokens + place in the block`; NULL: none.
+  const int64_t *slots;
+  // Entries of `slots`.
+  size_t slot_count;
+  // Tokens of the first block of the table that are left out, or the first of consecutive tokens.
+  uint32_t first;
+  // Zero.
+  uint32_t reserved;
+} kvxfer_view_t;
 
 // Receives one message: its level (`KVXFER_LOG_...`), the module it came from, the text, and the `context`
 // given when it was installed. Called from any thread, also from kvxfer's own, and from several at once. The
@@ -1311,6 +1360,36 @@ kvxfer_result_t kvxfer_paged_gather(const struct kvxfer_paged_t *cache,
 kvxfer_result_t kvxfer_paged_scatter(const struct kvxfer_paged_t *cache,
                                      const struct kvxfer_paged_chunk_t *chunks,
                                      size_t chunk_count);
+
+// Checks `tokens` tokens from one view to another: equal layers, planes, heads and bytes of a head, everything within its region. Tables
+// and slots are copied. The views must not overlap. Nothing moves yet.
+kvxfer_result_t kvxfer_gather_new(const struct kvxfer_view_t *from,
+                                  const struct kvxfer_view_t *to,
+                                  uint32_t tokens,
+                                  struct kvxfer_gather_t **gather_out);
+
+// Starts it by a kernel on the GPU that one of the views lies on, after `after` (NULL: at once); does not wait. `digest` 1 takes the digest
+// of docs/kernels.md on the way. `KVXFER_BUSY` while an earlier start has not ended.
+kvxfer_result_t kvxfer_gather_start(struct kvxfer_gather_t *gather,
+                                    const struct kvxfer_fence_t *after,
+                                    uint32_t digest);
+
+// Waits for the end of a start, `timeout_ms` at most (0: asks, and answers `KVXFER_IN_PROGRESS`). On `KVXFER_OK` the bytes are where they belong.
+// `bytes_out` and `digest_out` may be NULL; the digest is 0 where none was asked for.
+kvxfer_result_t kvxfer_gather_wait(struct kvxfer_gather_t *gather,
+                                   uint64_t timeout_ms,
+                                   uint64_t *bytes_out,
+                                   uint64_t *digest_out);
+
+// The same as pieces for `kvxfer_peer_write`: local offsets in `from`'s region, remote ones in `to`'s, neighbours joined.
+// `count_out` gets their number; `KVXFER_TOO_LARGE` when `capacity` is less, and nothing is written.
+kvxfer_result_t kvxfer_gather_pieces(const struct kvxfer_gather_t *gather,
+                                     struct kvxfer_piece_t *pieces,
+                                     size_t capacity,
+                                     size_t *count_out);
+
+// Frees the handle, after the end of what is under way. NULL is fine.
+kvxfer_result_t kvxfer_gather_free(struct kvxfer_gather_t *gather);
 
 // Translates an `LMCache` configuration file, YAML text, into today's words: a JSON object with `config` (keys and
 // values), `notices` (what became of a key: `key`, `today`, `text`), `problems` (`keys`, `text`, `contradiction`) and

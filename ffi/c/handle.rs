@@ -60,6 +60,7 @@ pub(super) mod kind {
     pub(in crate::c) const MEMORY: u8 = 12;
     pub(in crate::c) const FOUND: u8 = 13;
     pub(in crate::c) const FENCE: u8 = 14;
+    pub(in crate::c) const GATHER: u8 = 15;
 }
 
 /// Name of a type in error texts.
@@ -79,6 +80,7 @@ pub(super) const fn name(kind: u8) -> &'static str {
         kind::MEMORY => "memory",
         kind::FOUND => "found",
         kind::FENCE => "fence",
+        kind::GATHER => "gather",
         _ => "unknown",
     }
 }

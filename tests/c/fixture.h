@@ -52,6 +52,10 @@ typedef struct {
   kvxfer_outbox_t *outbox;         /* of the client; nothing put into it yet */
   kvxfer_memory_t *memory;
   kvxfer_found_t *found;           /* "chunk-a", held for the sender */
+  kvxfer_fence_t *fence;           /* NULL: there is no driver in most places */
+  kvxfer_view_t from, to;          /* eight bytes of the client's region, and eight others */
+  uint64_t layers[2];
+  kvxfer_gather_t *gather;         /* of these, not started */
   unsigned char *local_base, *target_base;
   char address[256];
 } fixture_t;
@@ -102,6 +106,19 @@ static inline void fixture_connect(fixture_t *fx) {
   OK(kvxfer_peer_region(fx->peer, "inbox", WAIT_MS, &fx->remote));
 }
 
+/* Eight bytes at an offset of a region, as one head of one token in one layer. */
+static inline kvxfer_view_t fixture_view(kvxfer_region_t *region, const uint64_t *layer) {
+  kvxfer_view_t view;
+  memset(&view, 0, sizeof view);
+  view.struct_size = sizeof view;
+  view.region = region;
+  view.layers = layer;
+  view.layer_count = 1;
+  view.planes = view.blocks = view.block_tokens = view.heads = 1;
+  view.block = view.token = view.head = view.head_bytes = 8;
+  return view;
+}
+
 /* One object of every other type as well. */
 static inline void fixture_new(fixture_t *fx) {
   fixture_connect(fx);
@@ -140,6 +157,11 @@ static inline void fixture_new(fixture_t *fx) {
   OK(kvxfer_memory_new(PAGE_BYTES, &fx->memory));
   const char *keys[] = {"chunk-b", "chunk-a"};
   OK(kvxfer_sender_query(fx->sender, keys, 2, WAIT_MS, WAIT_MS, &fx->found));
+  fx->layers[0] = 64;
+  fx->layers[1] = 128;
+  fx->from = fixture_view(fx->local, &fx->layers[0]);
+  fx->to = fixture_view(fx->local, &fx->layers[1]);
+  OK(kvxfer_gather_new(&fx->from, &fx->to, 1, &fx->gather));
 }
 
 /* Frees everything, parents first to show that any order will do. */
@@ -159,6 +181,8 @@ static inline void fixture_free(fixture_t *fx) {
   OK(kvxfer_region_free(fx->target));
   OK(kvxfer_memory_free(fx->memory));
   OK(kvxfer_found_free(fx->found));
+  OK(kvxfer_fence_free(fx->fence));
+  OK(kvxfer_gather_free(fx->gather));
 }
 
 #endif

@@ -5,7 +5,7 @@ use super::header::{Function, Header};
 use std::fmt::Write as _;
 
 /// Parameters that may be NULL, as their functions' documentation says.
-const NULLABLE: [(&str, &str); 17] = [
+const NULLABLE: [(&str, &str); 21] = [
     ("kvxfer_agent_new", "config"),
     ("kvxfer_peer_write", "options"),
     ("kvxfer_peer_read", "options"),
@@ -19,6 +19,10 @@ const NULLABLE: [(&str, &str); 17] = [
     ("kvxfer_chunk_page", "offset_out"),
     ("kvxfer_agent_try_notification", "peer_out"),
     ("kvxfer_agent_wait_notification", "peer_out"),
+    ("kvxfer_reservation_write_after", "after"),
+    ("kvxfer_gather_start", "after"),
+    ("kvxfer_gather_wait", "bytes_out"),
+    ("kvxfer_gather_wait", "digest_out"),
     ("kvxfer_log_set_callback", "context"),
     ("kvxfer_receiver_config_t", "memory"),
     ("kvxfer_transfer_options_t", "notify"),
@@ -97,6 +101,8 @@ fn field(handle: &str) -> &'static str {
         "kvxfer_outbox_t" => "outbox",
         "kvxfer_memory_t" => "memory",
         "kvxfer_found_t" => "found",
+        "kvxfer_fence_t" => "fence",
+        "kvxfer_gather_t" => "gather",
         other => panic!("add {other} to tests/support/nulls.rs and tests/c/fixture.h"),
     }
 }
@@ -125,17 +131,20 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
         ("const char *", _) => "\"inbox\"".into(),
         ("char *", _) | ("void *", "payload_out") => "buffer".into(),
         ("void *" | "const void *", _) => "memory".into(),
-        ("size_t *" | "uint64_t *" | "uint32_t *" | "int *" | "kvxfer_result_t *", _) => {
+        ("size_t *" | "uint64_t *" | "uint32_t *" | "int32_t *" | "int *" | "kvxfer_result_t *", _) => {
             format!("({kind})&number")
         }
         ("size_t", "capacity" | "peer_capacity") => "sizeof buffer".into(),
         ("size_t", "index" | "first") | ("uint32_t", "flags" | "transport") => "0".into(),
         ("uint64_t", "length") => "sizeof memory".into(),
         ("uint32_t" | "size_t" | "uint64_t" | "kvxfer_result_t", _) => "1".into(),
+        ("int32_t", _) => "0".into(),
         ("kvxfer_log_callback_t" | "const kvxfer_transfer_options_t *" | "const kvxfer_config_t *", _) => {
             "NULL".into()
         }
-        ("const kvxfer_piece_t *", _) => "&piece".into(),
+        ("const kvxfer_piece_t *" | "kvxfer_piece_t *", _) => "&piece".into(),
+        ("const kvxfer_view_t *", "from") => "&fx.from".into(),
+        ("const kvxfer_view_t *", _) => "&fx.to".into(),
         ("const kvxfer_run_t *", _) => "&run".into(),
         ("const kvxfer_chunk_spec_t *", _) => "&spec".into(),
         ("const kvxfer_chunk_source_t *", _) => "&source".into(),
@@ -182,6 +191,8 @@ int main(void) {
   kvxfer_outbox_t *out_outbox = NULL;
   kvxfer_memory_t *out_memory = NULL;
   kvxfer_found_t *out_found = NULL;
+  kvxfer_fence_t *out_fence = NULL;
+  kvxfer_gather_t *out_gather = NULL;
   void *out_void = NULL;
   const void *out_const = NULL;
   uint64_t number = 0;
@@ -237,7 +248,7 @@ int main(void) {
 const EPILOGUE: &str = r#"  /* No refused call has made, freed or written anything. */
   TRUE(kvxfer_live_handles() == live);
   TRUE(!out_agent && !out_region && !out_peer && !out_remote_region && !out_transfer && !out_receiver && !out_chunk);
-  TRUE(!out_sender && !out_reservation && !out_delivery && !out_outbox && !out_memory && !out_found);
+  TRUE(!out_sender && !out_reservation && !out_delivery && !out_outbox && !out_memory && !out_found && !out_fence && !out_gather);
   TRUE(!out_void && !out_const && number == 0);
   fixture_free(&fx);
   TRUE(kvxfer_live_handles() == 0);

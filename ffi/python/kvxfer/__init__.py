@@ -54,6 +54,7 @@ from kvxfer.errors import (
     Unreachable,
     Unsupported,
 )
+from kvxfer.gather import Gather, Layout, View
 from kvxfer.gpu import Fence
 from kvxfer.memory import SharedMemory
 from kvxfer.outbox import Ended, Outbox, Released
@@ -84,9 +85,11 @@ __all__ = [
     "Fence",
     "Found",
     "FoundChunk",
+    "Gather",
     "Geometry",
     "InvalidArgument",
     "KvxferError",
+    "Layout",
     "Mismatch",
     "NoCapacity",
     "NotAvailable",
@@ -118,6 +121,7 @@ __all__ = [
     "Unauthenticated",
     "Unreachable",
     "Unsupported",
+    "View",
     "__version__",
     "errors",
     "has_feature",

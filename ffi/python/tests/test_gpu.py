@@ -153,6 +153,60 @@ def test_a_pool_on_a_device():
         pages.close()
 
 
+@under_a_driver
+def test_pages_are_gathered_by_a_kernel_and_by_pieces():
+    layers, blocks, block, heads, head, tokens = 3, 5, 4, 2, 16, 14
+    shape = kvxfer.Layout.paged(blocks, block, heads, head, kv_first=False, heads_first=True)
+    layer = 2 * blocks * block * heads * head
+    table = [4, 0, 2, 1]
+    with kvxfer.Agent("there", listen="tcp://127.0.0.1:0") as there, kvxfer.Agent("here") as here:
+        pages = here.allocate_device(layers * layer)
+        content = pattern(6)[: layers * layer]
+        pages.write(0, content)
+        chunk = here.allocate_device(2 * layers * tokens * heads * head)
+        source = kvxfer.View(pages, shape, [i * layer for i in range(layers)], table=table, first=1)
+        target = kvxfer.View.chunk(chunk, layers, tokens, heads, head)
+        expected = bytearray()
+        for plane in range(2):
+            for i in range(layers):
+                for t in range(1, tokens + 1):
+                    for h in range(heads):
+                        # [blocks, 2, heads, block, head]
+                        at = i * layer + (((table[t // block] * 2 + plane) * heads + h) * block + t % block) * head
+                        expected += content[at : at + head]
+        gather = kvxfer.Gather(source, target, tokens)
+        gather.start(after=kvxfer.Fence(), digest=True)
+        moved, digest = gather.wait()
+        assert chunk.read() == bytes(expected) and moved == len(expected) and digest == digest_of(expected)
+        # The same as a transfer to a peer.
+        far = there.allocate_device(len(expected))
+        far.export("chunk")
+        peer = here.connect(there.addresses[0])
+        remote = peer.region("chunk")
+        assert peer.write(pages, remote, gather.pieces()).wait().transport == "cuda_ipc"
+        assert far.read() == bytes(expected)
+        with pytest.raises(kvxfer.InvalidArgument, match="has not been started"):
+            gather.wait()
+        with pytest.raises(kvxfer.InvalidArgument, match="hold 16"):
+            kvxfer.Gather(source, kvxfer.View.chunk(chunk, layers, 16, heads, head), 16)
+        with pytest.raises(kvxfer.InvalidArgument, match="slot 20"):
+            kvxfer.Gather(kvxfer.View(pages, shape, [0], slots=[20]), kvxfer.View.chunk(chunk, 1, 1, heads, head), 1)
+        del gather, source, target, remote, peer
+        there.unexport("chunk")
+        for region in (far, chunk, pages):
+            region.close()
+
+
+def digest_of(data):
+    mask, total = (1 << 64) - 1, 0
+    for n in range(len(data) // 8):
+        x = int.from_bytes(data[8 * n : 8 * n + 8], "little") ^ ((n + 1) * 0x9E3779B97F4A7C15 & mask)
+        x = (x ^ x >> 33) * 0xFF51AFD7ED558CCD & mask
+        x = (x ^ x >> 33) * 0xC4CEB9FE1A85EC53 & mask
+        total = (total + (x ^ x >> 33)) & mask
+    return total
+
+
 def test_without_a_driver_it_is_an_error():
     if os.environ.get("KVXFER_TEST_GPU"):
         pytest.skip("there is a driver")
