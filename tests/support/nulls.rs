@@ -135,10 +135,9 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
             format!("({kind})&number")
         }
         ("size_t", "capacity" | "peer_capacity") => "sizeof buffer".into(),
-        ("size_t", "index" | "first") | ("uint32_t", "flags" | "transport") => "0".into(),
+        ("size_t", "index" | "first") | ("uint32_t", "flags" | "transport") | ("int32_t", _) => "0".into(),
         ("uint64_t", "length") => "sizeof memory".into(),
         ("uint32_t" | "size_t" | "uint64_t" | "kvxfer_result_t", _) => "1".into(),
-        ("int32_t", _) => "0".into(),
         ("kvxfer_log_callback_t" | "const kvxfer_transfer_options_t *" | "const kvxfer_config_t *", _) => {
             "NULL".into()
         }

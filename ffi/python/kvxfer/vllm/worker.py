@@ -249,10 +249,15 @@ class Worker:
         if differs:
             raise ValueError(f"the cache at {address} is another one: {differs}")
         remote = _Remote(peer, [peer.region(_LAYER.format(i)) for i in range(len(self._layers))])
-        with self._lock:
-            self._remotes[address] = remote
+        self._remember(address, remote)
         logger.info("kvxfer: connected to the prefiller at %s over %s", address, ", ".join(remote.layers[0].transports))
         return remote
+
+    def _remember(self, address: str, remote: _Remote) -> None:
+        """Keeps a prefiller, and lets go of those that are gone: a new one has another address, and comes for ever."""
+        with self._lock:
+            self._remotes = {a: r for a, r in self._remotes.items() if r.peer.is_up}
+            self._remotes[address] = remote
 
     # ---- the prefiller, and answers ----
 

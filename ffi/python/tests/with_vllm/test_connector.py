@@ -5,10 +5,12 @@ What a proxy of vLLM's pull flow does, the tests do: the prefiller is asked with
 
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -149,6 +151,54 @@ def test_a_stopped_prefiller_is_waited_for_no_longer_than_its_time(stack):
     finally:
         os.killpg(group, signal.SIGCONT)
     blocks_are_free(stack)
+
+
+def test_a_prompt_that_is_given_up_while_it_is_prefilled_leaves_no_blocks_behind(stack):
+    for i in range(3):
+        tokens = prompt(1900, f"given up {i}")
+        with pytest.raises(httpx.TimeoutException):
+            body = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 1, "temperature": 0}
+            body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
+            httpx.post(stack.prefiller + "/v1/completions", json=body, timeout=0.1 * (i + 1) / 2, trust_env=False)
+    blocks_are_free(stack)
+    tokens = prompt(300, "after those")
+    assert decode(stack, tokens, prefill(stack, tokens)) == expected(stack, tokens)
+
+
+def test_a_decoder_that_is_killed_and_comes_back(stack):
+    unread, tokens = prompt(300, "never read"), prompt(600, "cut off")
+    prefill(stack, unread)
+    params = prefill(stack, tokens)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(decode, stack, tokens, params, max_tokens=5000)
+        time.sleep(0.5)
+        stack.kill("decoder")
+        with pytest.raises(httpx.TransportError):
+            answer.result()
+    # What it read is free at once, what it never came for after its time; nobody touches the prefiller.
+    until(
+        lambda: gauge(stack.prefiller, "vllm:kv_cache_usage_perc") == 0,
+        "the prefiller has all its blocks",
+        HOLD_S + SOON,
+    )
+    stack.restart("decoder")
+    before = len(reads(stack))
+    assert decode(stack, tokens, prefill(stack, tokens)) == expected(stack, tokens)
+    assert len(reads(stack)) == before + 1, "the new one reads"
+    blocks_are_free(stack)
+
+
+def test_another_model_is_refused_by_name(stack, tmp_path):
+    model = stack.model
+    stack.model = shutil.copytree(model, tmp_path / "another")
+    try:
+        stack.kill("prefiller")
+        stack.restart("prefiller")
+        tokens = prompt(300, "model")
+        assert len(decode(stack, tokens, prefill(stack, tokens))) == GENERATED
+        assert f"model differs: here '{model}', there '{stack.model}'" in stack.log("decoder").read_text()
+    finally:
+        stack.model = model
 
 
 def test_another_dtype_is_refused_by_name(stack):
