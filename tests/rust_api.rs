@@ -119,6 +119,7 @@ impl Transport for Panics {
         Capabilities {
             same_process: true,
             same_host: true,
+            other_pid_namespace: false,
             verifies_arrival: false,
             fuses_digest: false,
             needs_poll: false,

@@ -125,6 +125,7 @@ fn host(pid: u32) -> PeerInfo {
             side_socket: String::new(),
         },
         same_host: true,
+        same_kernel: true,
         same_process: false,
         role: Role::Initiator,
         address: None,

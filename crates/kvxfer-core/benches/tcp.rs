@@ -53,6 +53,7 @@ fn peer(role: Role, address: SocketAddr) -> PeerInfo {
         epoch: Epoch(1),
         host,
         same_host: true,
+        same_kernel: true,
         same_process: false,
         role,
         address: Some(address),

@@ -62,5 +62,7 @@ scenarios! {
     processes::memory_that_cannot_be_shared_is_named [KVXSTANDIN_NO_IPC = "1"];
     processes::a_host_pool_of_another_process;
     processes::a_peer_killed_with_its_memory_mapped;
+    processes::another_pid_namespace_is_reached_by_descriptor;
+    processes::a_peer_killed_in_another_pid_namespace;
     processes::a_hidden_device_is_named [KVXSTANDIN_DEVICES = "2"];
 }

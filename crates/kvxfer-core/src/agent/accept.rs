@@ -9,7 +9,7 @@ use super::identity;
 use super::links::{self, Assembled};
 use super::reactor::{Command, Reactor};
 use super::side::SideChannel;
-use super::state::{Conflict, Inner, SessionState};
+use super::state::{Conflict, Inner, SessionState, SideOf};
 use crate::transport::{self, PeerInfo};
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
@@ -348,11 +348,15 @@ impl Talk {
             return Err(Error::failed(ErrorCode::Busy, text));
         }
         let info = peer_info(inner, hello, transport::Role::Acceptor, far, identity::random()?);
-        let pid = info.same_host.then_some(info.host.pid);
-        inner
-            .sessions
-            .lock()
-            .insert(info.session, SessionState { peer: info.name.clone(), pid, side: None, mailbox: None });
+        let side_of = match (info.same_host, info.same_kernel) {
+            (true, _) => SideOf::Process(info.host.pid),
+            (false, true) => SideOf::SomeProcess,
+            (false, false) => SideOf::Nobody,
+        };
+        inner.sessions.lock().insert(
+            info.session,
+            SessionState { peer: info.name.clone(), side_of, side: None, mailbox: None },
+        );
         Ok(info)
     }
 }
@@ -370,6 +374,7 @@ pub(crate) fn peer_info(
         epoch: hello.epoch,
         host: hello.host.clone(),
         same_host: identity::same_host(&inner.host, &hello.host),
+        same_kernel: identity::same_kernel(&inner.host, &hello.host),
         same_process: identity::same_process(&inner.host, &hello.host),
         role,
         address,
@@ -382,9 +387,12 @@ pub(crate) fn bind_side(inner: &Inner, fd: OwnedFd, session: &[u8]) -> Result<()
     let session: [u8; 16] = session.try_into().map_err(|_| "a side socket without a session".to_owned())?;
     let (peer, pid) = match inner.sessions.lock().get(&session) {
         None => return Err("a side socket for an unknown session".into()),
-        Some(SessionState { pid: None, .. }) => return Err("a side socket for a peer on another host".into()),
+        Some(SessionState { side_of: SideOf::Nobody, .. }) => {
+            return Err("a side socket for a peer on another host".into());
+        }
         Some(SessionState { side: Some(_), .. }) => return Err("a second side socket for one session".into()),
-        Some(SessionState { peer, pid: Some(pid), .. }) => (peer.clone(), *pid),
+        Some(SessionState { peer, side_of: SideOf::Process(pid), .. }) => (peer.clone(), Some(*pid)),
+        Some(SessionState { peer, side_of: SideOf::SomeProcess, .. }) => (peer.clone(), None),
     };
     let side = Arc::new(SideChannel::accept(fd, pid)?);
     let mailbox = links::invite(inner, &side, &peer).map_err(|e| e.to_string())?;

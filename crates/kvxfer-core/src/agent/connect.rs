@@ -118,9 +118,10 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
     let Some(hello) = machine.peer() else { return Err(talk.broken("no hello")) };
     let info = peer_info(inner, hello, Role::Initiator, far, session);
     let mut mailbox = None;
-    let side = if info.same_host {
+    let side = if info.same_kernel {
         let soon = deadline.min(Instant::now() + Duration::from_secs(5));
-        SideChannel::connect(&info.host.side_socket, info.host.pid, &session, soon).map(Arc::new)
+        SideChannel::connect(&info.host.side_socket, info.same_host.then_some(info.host.pid), &session, soon)
+            .map(Arc::new)
     } else {
         Err("the peer is on another host".to_owned())
     };

@@ -88,10 +88,12 @@ pub(crate) fn host_identity(side_socket: String) -> Result<HostIdentity> {
 
 /// True when both run under one kernel and see the same process ids.
 pub(crate) fn same_host(ours: &HostIdentity, theirs: &HostIdentity) -> bool {
-    !ours.boot_id.is_empty()
-        && ours.boot_id == theirs.boot_id
-        && ours.pid_namespace != 0
-        && ours.pid_namespace == theirs.pid_namespace
+    same_kernel(ours, theirs) && ours.pid_namespace != 0 && ours.pid_namespace == theirs.pid_namespace
+}
+
+/// True when both run under one kernel, whatever processes they see.
+pub(crate) fn same_kernel(ours: &HostIdentity, theirs: &HostIdentity) -> bool {
+    !ours.boot_id.is_empty() && ours.boot_id == theirs.boot_id
 }
 
 /// True when both are in one process.
@@ -112,6 +114,8 @@ pub(crate) fn whereabouts(info: &PeerInfo) -> String {
         "this process".into()
     } else if info.same_host {
         format!("this host, pid {}", info.host.pid)
+    } else if info.same_kernel {
+        "this host, in another PID namespace".into()
     } else {
         info.address.map_or_else(|| "unknown".into(), |a| a.to_string())
     }

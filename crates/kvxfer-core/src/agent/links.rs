@@ -44,7 +44,7 @@ pub(crate) struct Assembled {
 fn out_of_reach(caps: Capabilities, info: &PeerInfo, side: &Result<(), String>) -> Option<String> {
     if caps.same_process && !info.same_process {
         Some("the peer is another process".into())
-    } else if caps.same_host && !info.same_host {
+    } else if caps.same_host && !info.same_host && !(caps.other_pid_namespace && info.same_kernel) {
         Some("the peer is on another host (or in another PID namespace)".into())
     } else if caps.same_host
         && !caps.same_process
@@ -128,7 +128,11 @@ pub(crate) fn assemble(
             Some(side) => take_mailbox(side, deadline)?,
             None => None,
         };
-        Ok((outbox, open_process(&info)))
+        let process = open_process(&info).or_else(|| {
+            let elsewhere = info.same_kernel && !info.same_host;
+            side.as_ref().filter(|_| elsewhere)?.process()
+        });
+        Ok((outbox, process))
     });
     match done {
         Ok((outbox, pidfd)) => Ok(Assembled { info, paths, skipped, side, outbox, mailbox, pidfd }),

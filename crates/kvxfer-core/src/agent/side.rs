@@ -19,7 +19,7 @@ use rustix::net::{
 use std::collections::HashMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,32 @@ fn peer_pid(fd: impl AsFd) -> std::io::Result<u32> {
     Ok(rustix::net::sockopt::socket_peercred(fd)?.pid.as_raw_nonzero().get().cast_unsigned())
 }
 
+/// A descriptor of the process at the far end, without a look at process ids. The text says why there is none.
+fn peer_process(fd: impl AsFd) -> std::result::Result<OwnedFd, String> {
+    // Linux 6.5; not in the libc crate for every target.
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut found: libc::c_int = -1;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: an integer of the stated length, on an open socket.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut found).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 || found < 0 {
+        let e = std::io::Error::last_os_error();
+        return Err(format!(
+            "the peer is in another PID namespace, and this kernel gives no descriptor of its process (SO_PEERPIDFD, Linux 6.5: {e})"
+        ));
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(found) })
+}
+
 /// A connected side socket.
 pub(crate) struct SideChannel {
     pub(crate) fd: OwnedFd,
@@ -78,10 +104,11 @@ impl SideChannel {
         Self { fd, arrived: Mutex::default(), next_label: AtomicU64::new(FIRST_TICKET) }
     }
 
-    /// Connects to a peer of process `pid` and shows the session token. The text says why it could not be reached.
+    /// Connects to a peer of process `pid` (`None`: one of another PID namespace) and shows the session token. The text says why it
+    /// could not be reached.
     pub(crate) fn connect(
         name: &str,
-        pid: u32,
+        pid: Option<u32>,
         session: &[u8; SESSION_LEN],
         deadline: Instant,
     ) -> std::result::Result<Self, String> {
@@ -96,10 +123,25 @@ impl SideChannel {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
+        let Some(pid) = pid else {
+            // Its end must be known when it comes.
+            peer_process(&fd)?;
+            return Self::greet(fd, name, session, deadline);
+        };
         let real = peer_pid(&fd).map_err(say)?;
         if real != pid {
             return Err(format!("side socket @{name} belongs to process {real}, the peer said {pid}"));
         }
+        Self::greet(fd, name, session, deadline)
+    }
+
+    fn greet(
+        fd: OwnedFd,
+        name: &str,
+        session: &[u8; SESSION_LEN],
+        deadline: Instant,
+    ) -> std::result::Result<Self, String> {
+        let say = |e: std::io::Error| format!("side socket @{name}: {e}");
         rustix::net::send(&fd, session, SendFlags::NOSIGNAL).map_err(|e| say(e.into()))?;
         let mut answer = [0u8; WELCOME.len()];
         if !wait_for(&fd, PollFlags::IN, deadline).map_err(say)? {
@@ -112,15 +154,28 @@ impl SideChannel {
         Ok(Self::new(fd))
     }
 
-    /// Accepts a socket whose session token was found; `pid` is what the session's peer said it was.
-    pub(crate) fn accept(fd: OwnedFd, pid: u32) -> std::result::Result<Self, String> {
-        let real = peer_pid(&fd).map_err(|e| e.to_string())?;
-        if real != pid {
-            return Err(format!("a side socket of process {real} came for a peer that said it was {pid}"));
+    /// Accepts a socket whose session token was found; `pid` is what the session's peer said it was, `None` where its word means nothing
+    /// here.
+    pub(crate) fn accept(fd: OwnedFd, pid: Option<u32>) -> std::result::Result<Self, String> {
+        match pid {
+            None => drop(peer_process(&fd)?),
+            Some(pid) => {
+                let real = peer_pid(&fd).map_err(|e| e.to_string())?;
+                if real != pid {
+                    return Err(format!(
+                        "a side socket of process {real} came for a peer that said it was {pid}"
+                    ));
+                }
+            }
         }
         rustix::net::send(&fd, WELCOME, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
             .map_err(|e| e.to_string())?;
         Ok(Self::new(fd))
+    }
+
+    /// The process at the far end, whatever PID namespace it is in.
+    pub(crate) fn process(&self) -> Option<OwnedFd> {
+        peer_process(&self.fd).ok()
     }
 
     /// A label nobody used before.

@@ -40,11 +40,22 @@ pub(crate) struct Export {
     pub(crate) access: Access,
 }
 
+/// Which process a side socket has to come from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SideOf {
+    /// The peer is on another host.
+    Nobody,
+    /// The one that the peer says it is.
+    Process(u32),
+    /// The peer sees other process ids than we do: the session's token alone vouches for it.
+    SomeProcess,
+}
+
 /// A connection that we have accepted and authenticated: what else may refer to it.
 pub(crate) struct SessionState {
     pub(crate) peer: AgentName,
-    /// Process of the peer, when it is on this host.
-    pub(crate) pid: Option<u32>,
+    /// Whose side socket may come for it.
+    pub(crate) side_of: SideOf,
     /// Its side socket, once that has come.
     pub(crate) side: Option<Arc<SideChannel>>,
     /// Its mailbox here, made when the side socket came.

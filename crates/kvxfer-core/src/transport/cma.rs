@@ -81,6 +81,7 @@ impl Transport for CmaTransport {
         Capabilities {
             same_process: false,
             same_host: true,
+            other_pid_namespace: false,
             verifies_arrival: false,
             fuses_digest: true,
             needs_poll: false,

@@ -68,6 +68,7 @@ impl Transport for InprocTransport {
         Capabilities {
             same_process: true,
             same_host: true,
+            other_pid_namespace: false,
             verifies_arrival: false,
             fuses_digest: true,
             needs_poll: false,

@@ -114,6 +114,8 @@ pub struct Capabilities {
     pub same_process: bool,
     /// Reaches a peer on the same host (and PID namespace where needed) only.
     pub same_host: bool,
+    /// With `same_host`: reaches a peer in another PID namespace of this kernel, too, once descriptors can be passed to it.
+    pub other_pid_namespace: bool,
     /// Every piece is checked against a digest by the side it arrives at when the job's integrity is `Full`.
     pub verifies_arrival: bool,
     /// Fills [`Job::digest`] while it moves the bytes.
@@ -174,6 +176,8 @@ pub struct PeerInfo {
     pub host: HostIdentity,
     /// It shares our boot id and PID namespace.
     pub same_host: bool,
+    /// It shares our boot id: the same kernel, perhaps in another container.
+    pub same_kernel: bool,
     /// It is this very process.
     pub same_process: bool,
     /// Who opened the control connection.

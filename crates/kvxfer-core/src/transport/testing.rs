@@ -100,6 +100,7 @@ pub(super) fn peer_info(pid: u32) -> PeerInfo {
             side_socket: String::new(),
         },
         same_host: true,
+        same_kernel: true,
         same_process: pid == std::process::id(),
         role: Role::Initiator,
         address: None,

@@ -52,9 +52,33 @@ struct Other {
     address: String,
 }
 
+/// Words before the command of a process in a PID namespace of its own, which ends with the first of them.
+const APART: [&str; 5] = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+
+/// True where such processes can be started; says so where they cannot.
+fn namespaces() -> bool {
+    let can = Command::new(APART[0]).args(&APART[1..]).arg("true").output().is_ok_and(|o| o.status.success());
+    if !can {
+        println!("SKIPPED: no PID namespace can be made here (unshare needs root)");
+    }
+    can
+}
+
 impl Other {
     fn start(kind: &str, variables: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::start_behind(&[], kind, variables)
+    }
+    fn start_behind(words: &[&str], kind: &str, variables: &[(&str, &str)]) -> Self {
+        let own = std::env::current_exe().unwrap();
+        let mut command = match words.split_first() {
+            None => Command::new(own),
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(own);
+                command
+            }
+        };
+        let mut child = command
             .args(["peer_entry", "--exact", "--nocapture", "--test-threads=1"])
             .env(KIND, kind)
             .env(harness::UNDER, "1")
@@ -96,7 +120,10 @@ fn pieces(n: u64) -> Vec<Piece> {
 
 /// Reads what the other process has, writes something else, and has it say what it sees.
 fn exchange(kind: &str, local: &Arc<Memory>) {
-    let mut other = Other::start(kind, &[]);
+    exchange_with(Other::start(kind, &[]), kind, local);
+}
+
+fn exchange_with(mut other: Other, kind: &str, local: &Arc<Memory>) {
     let agent = Agent::builder().name("me").build().unwrap();
     let region: Region = agent.register(local.clone()).unwrap();
     let peer = other.connect(&agent);
@@ -159,6 +186,56 @@ pub(crate) fn memory_that_cannot_be_shared_is_named() {
     drop(peer);
     agent.shutdown(SOON).unwrap();
     other.end();
+}
+
+/// Two containers with one network but each with processes of its own: descriptors pass, handles do not open.
+pub(crate) fn another_pid_namespace_is_reached_by_descriptor() {
+    if !namespaces() {
+        return;
+    }
+    let device = Device::get(0).unwrap();
+    let local = Memory::device(&device, LEN).unwrap();
+    exchange_with(Other::start_behind(&APART, "shareable", &[]), "shareable", &local);
+    // A host pool in the other namespace.
+    exchange_with(Other::start_behind(&APART, "pool", &[]), "pool", &local);
+
+    let other = Other::start_behind(&APART, "device", &[]);
+    let agent = Agent::builder().name("me").allow([TransportKind::CudaIpc]).build().unwrap();
+    let peer = other.connect(&agent);
+    let e = peer.region("memory", SOON).unwrap_err();
+    assert!(e.to_string().contains("another PID namespace") && e.to_string().contains("shareable"), "{e}");
+    drop(peer);
+    agent.shutdown(SOON).unwrap();
+    other.end();
+}
+
+/// The end of a process there is noticed, by a descriptor of it, and what it could write to is free again.
+pub(crate) fn a_peer_killed_in_another_pid_namespace() {
+    if !namespaces() {
+        return;
+    }
+    let local = Memory::device_shareable(&Device::get(0).unwrap(), LEN).unwrap();
+    let agent = Agent::builder().name("me").allow([TransportKind::CudaIpc]).build().unwrap();
+    let region = agent.register(local).unwrap();
+    let mut other = Other::start_behind(&APART, "shareable", &[]);
+    let peer = other.connect(&agent);
+    let remote = peer.region("memory", SOON).unwrap();
+    let write = |n| peer.write(&region, &remote, &pieces(n), TransferOptions::default());
+    assert_eq!(write(20).unwrap().wait(SOON).unwrap().error, None);
+    other.child.kill().unwrap();
+    other.child.wait().unwrap();
+    let deadline = std::time::Instant::now() + SOON;
+    while peer.state() == kvxfer_core::PeerState::Up {
+        assert!(std::time::Instant::now() < deadline, "the peer's end was not noticed");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(matches!(
+        write(1).unwrap_err().code(),
+        ErrorCode::PeerGone | ErrorCode::NotFound | ErrorCode::Closed
+    ));
+    drop((remote, peer, region));
+    // Every peer is fenced: an agent that could not be sure would say so here.
+    agent.shutdown(SOON).unwrap();
 }
 
 /// The peer dies by SIGKILL while we write into its memory, again and again: every transfer ends, none of them hangs or crashes.

@@ -179,6 +179,7 @@ pub(crate) fn info(name: &str, epoch: Epoch, pid: u32, session: u8) -> PeerInfo 
             side_socket: String::new(),
         },
         same_host: true,
+        same_kernel: true,
         same_process: pid == std::process::id(),
         role: Role::Initiator,
         address: None,

@@ -121,6 +121,7 @@ pub fn peer(role: Role, address: SocketAddr, session: [u8; 16]) -> PeerInfo {
             side_socket: String::new(),
         },
         same_host: true,
+        same_kernel: true,
         same_process: false,
         role,
         address: Some(address),

@@ -5,7 +5,7 @@ use super::jobs::Jobs;
 use super::target::{self, Held, Pool, Target};
 use super::ticket::{Read, What};
 use super::{PeerProcess, TABLE};
-use crate::cuda::{Device, Engine, Opened};
+use crate::cuda::{Device, Engine, Export, Opened, Way};
 use crate::transport::{Job, Link, PeerInfo, RemoteKey, RemoteTicket, not_imported};
 use crate::{Error, Memory, Result};
 use kvxfer_proto::{ErrorCode, RegionId, TransferId};
@@ -16,9 +16,18 @@ use std::sync::{Arc, OnceLock, Weak};
 /// Openings kept after their last region was forgotten: an engine that registers per request would pay for a mapping each time.
 const KEPT: usize = 16;
 
+/// Where the peer lives.
+pub(super) enum Place {
+    /// In this process.
+    Here,
+    /// In another one that we see.
+    Process(PeerProcess),
+    /// In another PID namespace: handles do not open there, descriptors do. The agent watches its process.
+    OtherNamespace,
+}
+
 pub(super) struct CudaLink {
-    /// `None`: the peer lives in this process.
-    process: Option<PeerProcess>,
+    place: Place,
     peer: u64,
     session: [u8; 16],
     jobs: Arc<Jobs>,
@@ -33,8 +42,8 @@ struct Imports {
 }
 
 impl CudaLink {
-    pub(super) fn new(peer: &PeerInfo, process: Option<PeerProcess>, instance: u64, jobs: Arc<Jobs>) -> Self {
-        Self { process, peer: instance, session: peer.session, jobs, imports: Mutex::default() }
+    pub(super) fn new(peer: &PeerInfo, place: Place, instance: u64, jobs: Arc<Jobs>) -> Self {
+        Self { place, peer: instance, session: peer.session, jobs, imports: Mutex::default() }
     }
 
     fn target(&self, key: RemoteKey) -> Option<Arc<Target>> {
@@ -53,7 +62,7 @@ impl CudaLink {
                 ),
             ));
         }
-        if self.process.is_none() {
+        if matches!(self.place, Place::Here) {
             let memory = target::here(self.peer, ticket.region)?;
             if memory.len() as u64 != len {
                 return Err(Error::failed(
@@ -65,6 +74,15 @@ impl CudaLink {
             return Ok(Target::Here { owner: self.peer, region: ticket.region, device });
         }
         match read.what {
+            What::Block(Export { way: Way::Handle(_), .. })
+                if matches!(self.place, Place::OtherNamespace) =>
+            {
+                Err(Error::failed(
+                    ErrorCode::Unsupported,
+                    "CUDA IPC handles do not reach another PID namespace; the peer's memory must be shareable (kvxfer's own kind, \
+                     or virtual memory that its owner made exportable)",
+                ))
+            }
             What::Block(export) => {
                 let opened = Opened::open(&export)?;
                 if export.offset > opened.size() || len > opened.size() - export.offset {
@@ -195,8 +213,10 @@ impl Link for CudaLink {
 
     /// The peer may write through its mapping until its process has ended; within a process, until its end of the session is closed.
     fn fenced(&self) -> bool {
-        if let Some(process) = &self.process {
-            return process.exited();
+        match &self.place {
+            Place::Process(process) => return process.exited(),
+            Place::OtherNamespace => return false,
+            Place::Here => {}
         }
         let far_end = TABLE.lock().jobs.get(&(self.peer, self.session)).and_then(Weak::upgrade);
         far_end.is_none_or(|jobs| jobs.is_quiet())
@@ -208,9 +228,10 @@ impl Link for CudaLink {
             imports.regions.values().filter_map(|t| t.device().map(ToString::to_string)).collect();
         devices.sort();
         devices.dedup();
-        let place = match &self.process {
-            None => "within this process".to_owned(),
-            Some(p) => format!("process {}", p.pid),
+        let place = match &self.place {
+            Place::Here => "within this process".to_owned(),
+            Place::Process(p) => format!("process {}", p.pid),
+            Place::OtherNamespace => "a process of another PID namespace".to_owned(),
         };
         let on = if devices.is_empty() { String::new() } else { format!(" on {}", devices.join(", ")) };
         format!("{place}, for GPU memory, {} regions{on}", imports.regions.len())

@@ -18,7 +18,7 @@ mod target;
 mod ticket;
 
 use self::jobs::Jobs;
-use self::link::CudaLink;
+use self::link::{CudaLink, Place};
 use self::ticket::Ticket;
 use super::process::{Card, PeerProcess};
 use super::{Capabilities, Link, LocalTicket, PeerInfo, Transport, TransportKind};
@@ -69,6 +69,7 @@ impl Transport for CudaIpcTransport {
         Capabilities {
             same_process: false,
             same_host: true,
+            other_pid_namespace: true,
             verifies_arrival: false,
             fuses_digest: false,
             needs_poll: true,
@@ -79,7 +80,7 @@ impl Transport for CudaIpcTransport {
     }
 
     fn offer(&self, peer: &PeerInfo) -> Option<Vec<u8>> {
-        if !peer.same_host {
+        if !peer.same_kernel {
             return None;
         }
         let mut payload = vec![VERSION];
@@ -129,16 +130,18 @@ impl Transport for CudaIpcTransport {
                 ),
             ));
         };
-        if !peer.same_host {
+        if !peer.same_kernel {
             return Err(Error::failed(
                 ErrorCode::Unreachable,
-                format!("{} does not share this host and PID namespace; use nixl or tcp", peer.name),
+                format!("{} is on another host; use nixl or tcp", peer.name),
             ));
         }
-        let process = if peer.same_process {
-            None
+        let place = if peer.same_process {
+            Place::Here
+        } else if peer.same_host {
+            Place::Process(PeerProcess::open(Card::decode(*card), peer.host.pid)?)
         } else {
-            Some(PeerProcess::open(Card::decode(*card), peer.host.pid)?)
+            Place::OtherNamespace
         };
         let jobs = Arc::new(Jobs::default());
         self.jobs.lock().push(jobs.clone());
@@ -146,7 +149,7 @@ impl Transport for CudaIpcTransport {
         table.jobs.retain(|_, j| j.strong_count() > 0);
         table.jobs.insert((self.instance, peer.session), Arc::downgrade(&jobs));
         drop(table);
-        Ok(Arc::new(CudaLink::new(peer, process, u64::from_le_bytes(*instance), jobs)))
+        Ok(Arc::new(CudaLink::new(peer, place, u64::from_le_bytes(*instance), jobs)))
     }
 
     fn poll(&self) -> bool {

@@ -17,6 +17,7 @@ fn peer(session: u8) -> PeerInfo {
             side_socket: String::new(),
         },
         same_host: true,
+        same_kernel: true,
         same_process: true,
         role: Role::Initiator,
         address: None,

@@ -123,6 +123,7 @@ impl Transport for NixlTransport {
         Capabilities {
             same_process: false,
             same_host: false,
+            other_pid_namespace: false,
             verifies_arrival: false,
             fuses_digest: false,
             needs_poll: true,

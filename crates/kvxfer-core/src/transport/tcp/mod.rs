@@ -166,6 +166,7 @@ impl Transport for TcpTransport {
         Capabilities {
             same_process: false,
             same_host: false,
+            other_pid_namespace: false,
             verifies_arrival: true,
             fuses_digest: false,
             needs_poll: false,
