@@ -34,6 +34,7 @@ scenarios! {
     the_peer_gets_it_in_one_pass;
     pinned_host_memory_and_what_is_not_reached;
     a_fence_is_kept;
+    without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
 }
 
 struct Random(u64);
@@ -319,4 +320,12 @@ fn a_fence_is_kept() {
     // Dropped without waiting: its end is awaited all the same.
     drop(gather.start(None, true).unwrap());
     drop(chunk);
+}
+
+/// The kernels do not load: bytes, surroundings and digest are the same.
+fn without_kernels_copies_do_the_same() {
+    latent_attention();
+    some_heads_only();
+    every_layout_to_a_chunk_and_back();
+    pinned_host_memory_and_what_is_not_reached();
 }
