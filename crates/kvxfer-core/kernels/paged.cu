@@ -58,10 +58,13 @@ INSIDE u64 digest_of(Wide v, u64 position) {
 }
 INSIDE u64 digest_of(u64 v, u64 position) { return mixed(v, position); }
 
+// Groups of tokens. The number of tokens may be as large as 32 bits hold.
+INSIDE u32 groups_of(const Paged &p) { return p.tokens / p.group + (p.tokens % p.group != 0); }
+
 template <class T> INSIDE void paged(const Paged &p) {
   const u32 DEEP = 4;  // loads of a lane under way
   const u32 me = lane(), per_unit = p.unit / u32(sizeof(T)), per_token = per_unit * p.units;
-  const u32 groups = (p.tokens + p.group - 1) / p.group;
+  const u32 groups = groups_of(p);
   const u64 items = u64(p.layers) * p.planes * groups;
   const u32 words = u32(sizeof(T) / 8);
   u64 sum = 0, skipped = 0;

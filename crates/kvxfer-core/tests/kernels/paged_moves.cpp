@@ -265,9 +265,20 @@ void all_lanes_work(Random &random, u64 head) {
   tally = {};
 }
 
+// The most tokens that a launch can name.
+void groups_do_not_wrap() {
+  Paged p{};
+  p.tokens = 0xffffffffu;
+  p.group = 1024;
+  CHECK(groups_of(p) == 1u << 22, "%u groups", groups_of(p));
+  p.group = 1;
+  CHECK(groups_of(p) == 0xffffffffu, "%u groups", groups_of(p));
+}
+
 }  // namespace
 
 void paged_moves(Random &random, int rounds) {
   for (int i = 0; i < rounds; ++i) random_move(random);
   for (u64 head : {u64(16), u64(64), u64(256), u64(1024)}) all_lanes_work(random, head);
+  groups_do_not_wrap();
 }
