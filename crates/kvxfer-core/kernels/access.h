@@ -10,7 +10,8 @@ typedef long long i64;
 struct __align__(16) Wide {
   u32 x, y, z, w;
 };
-#define KERNEL extern "C" __global__ void
+// Blocks of 256 threads, as the host launches them, four at a time on a multiprocessor: 64 registers a thread, which hold what is under way.
+#define KERNEL extern "C" __global__ void __launch_bounds__(256, 4)
 #define INSIDE static __device__ __forceinline__
 // Parameters stay where the driver put them, in constant memory.
 #define GRID_CONSTANT const __grid_constant__
@@ -19,6 +20,15 @@ INSIDE u32 lane() { return threadIdx.x & 31u; }
 INSIDE u32 first_warp() { return (blockIdx.x * blockDim.x + threadIdx.x) >> 5; }
 INSIDE u32 warps() { return (gridDim.x * blockDim.x) >> 5; }
 INSIDE void add(u64 at, u64 value) { atomicAdd(reinterpret_cast<u64 *>(at), value); }
+// The sum over a warp, all of whose lanes are here, for lane 0; the others get 0.
+INSIDE u64 of_warp(u64 value) {
+#pragma unroll
+  for (u32 step = 16; step; step >>= 1) value += __shfl_down_sync(0xffffffffu, value, step);
+  return lane() == 0 ? value : 0;
+}
+// What nobody changes while the kernel runs, and many threads read: by way of the first-level cache.
+INSIDE u32 fixed32(u64 at) { return __ldg(reinterpret_cast<const u32 *>(at)); }
+INSIDE u64 fixed64(u64 at) { return __ldg(reinterpret_cast<const u64 *>(at)); }
 // Addresses are used as they are.
 INSIDE u64 near(u64 at, u64) { return at; }
 

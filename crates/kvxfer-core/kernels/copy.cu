@@ -1,7 +1,8 @@
 // Copies many pieces at once: the cost of a piece is that of its bytes.
 //
-// A piece is at most 64 KiB long (the host cuts longer ones). Its parts of 8 KiB are taken by the warps of a persistent grid, one after
-// the other; no thread waits for another. Accesses are as wide as source and destination allow: 16 bytes where both lie alike to a
+// A piece is at most 64 KiB long (the host cuts longer ones). Its parts of 8 KiB are taken by the warps of a persistent grid; no thread
+// waits for another. All first parts come before all second ones: neighbouring warps take different pieces, so that all
+// have work where pieces are shorter than a part. Accesses are as wide as source and destination allow: 16 bytes where both lie alike to a
 // multiple of 16, with single bytes before and after.
 #include "access.h"
 
@@ -39,8 +40,8 @@ KERNEL kvx_copy(u64 pieces, u32 count) {
   const u64 items = u64(count) * PARTS;
   const u32 me = lane();
   for (u64 item = first_warp(); item < items; item += warps()) {
-    const u64 at = near(pieces + (item / PARTS) * sizeof(Piece), sizeof(Piece));
-    const u64 len = Memory<u64>::load(at + 16), start = (item % PARTS) * PART;
+    const u64 at = near(pieces + (item % count) * sizeof(Piece), sizeof(Piece));
+    const u64 len = Memory<u64>::load(at + 16), start = (item / count) * PART;
     if (start >= len) continue;
     const u32 n = u32(len - start < PART ? len - start : PART);
     const u64 src = near(Memory<u64>::load(at) + start, n), dst = near(Memory<u64>::load(at + 8) + start, n);

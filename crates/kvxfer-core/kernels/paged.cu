@@ -2,7 +2,8 @@
 // to where the other's wants it, in one pass. The other side may be a peer's memory or pinned memory of the host.
 //
 // A token's bytes in one layer and plane (keys or values) are `units` runs of `unit` bytes, `head` apart: all heads at once where both sides
-// keep them together, else one head each. Warps of a persistent grid take groups of tokens of one layer and plane.
+// keep them together, else one head each. Warps of a persistent grid take groups of tokens of one layer and plane; the lanes of a warp share a
+// group's bytes without regard to where a token ends, so that all have work however short a token's bytes are.
 #include "access.h"
 
 static const u32 LAYERS = 64;
@@ -32,10 +33,10 @@ INSIDE u64 place(const Side &s, u32 layer, u32 plane, u32 token) {
   if (s.mode == STRAIGHT) return base + at * s.token;
   u64 block, within;
   if (s.mode == BLOCKS) {
-    block = Memory<u32>::load(near(s.table + at / s.block_tokens * 4, 4));
+    block = fixed32(near(s.table + at / s.block_tokens * 4, 4));
     within = at % s.block_tokens;
   } else {
-    const i64 slot = i64(Memory<u64>::load(near(s.table + at * 8, 8)));
+    const i64 slot = i64(fixed64(near(s.table + at * 8, 8)));
     if (slot < 0) return 0;
     block = u64(slot) / s.block_tokens;
     within = u64(slot) % s.block_tokens;
@@ -57,34 +58,60 @@ INSIDE u64 digest_of(Wide v, u64 position) {
 }
 INSIDE u64 digest_of(u64 v, u64 position) { return mixed(v, position); }
 
+// Groups of tokens. The number of tokens may be as large as 32 bits hold.
+INSIDE u32 groups_of(const Paged &p) { return p.tokens / p.group + (p.tokens % p.group != 0); }
+
 template <class T> INSIDE void paged(const Paged &p) {
+  const u32 DEEP = 4;  // loads of a lane under way
   const u32 me = lane(), per_unit = p.unit / u32(sizeof(T)), per_token = per_unit * p.units;
-  const u32 groups = (p.tokens + p.group - 1) / p.group;
+  const u32 groups = groups_of(p);
   const u64 items = u64(p.layers) * p.planes * groups;
   const u32 words = u32(sizeof(T) / 8);
   u64 sum = 0, skipped = 0;
   for (u64 item = first_warp(); item < items; item += warps()) {
     const u32 group = u32(item % groups), plane = u32(item / groups % p.planes), layer = u32(item / groups / p.planes);
-    const u32 begin = group * p.group, end = begin + p.group < p.tokens ? begin + p.group : p.tokens;
-    for (u32 token = begin; token < end; ++token) {
-      const u64 src = place(p.from, layer, plane, token), dst = place(p.to, layer, plane, token);
-      if (!src || !dst) {
-        skipped += me == 0;
-        continue;
+    const u32 begin = group * p.group, end = p.tokens - begin < p.group ? p.tokens : begin + p.group;
+    const u32 count = (end - begin) * per_token;
+    // Of the group's first word among those of the whole cache in KV_2LTD order, in words of 8 bytes.
+    const u64 position = ((u64(plane) * p.all_layers + p.first_layer + layer) * p.tokens + begin) * per_token * words;
+    // The token a lane is at.
+    u32 token = end;
+    u64 src = 0, dst = 0;
+    for (u32 i = me; i < count; i += 32 * DEEP) {
+      T v[DEEP];
+      u64 to[DEEP];
+#pragma unroll
+      for (u32 k = 0; k < DEEP; ++k) {
+        const u32 at = i + 32 * k, now = begin + at / per_token, w = at % per_token;
+        v[k] = T();
+        to[k] = 0;
+        if (at >= count) continue;
+        if (now != token) {
+          token = now;
+          src = place(p.from, layer, plane, token);
+          dst = place(p.to, layer, plane, token);
+        }
+        if (!src || !dst) {
+          skipped += w == 0;
+          continue;
+        }
+        const u32 unit = p.units == 1 ? 0 : w / per_unit;
+        const u64 off = u64(w - unit * per_unit) * sizeof(T);
+        to[k] = near(dst + unit * p.to.head + off, sizeof(T));
+        v[k] = Memory<T>::load(near(src + unit * p.from.head + off, sizeof(T)));
       }
-      // Of the whole cache in KV_2LTD order, in words of 8 bytes.
-      const u64 row = (u64(plane) * p.all_layers + p.first_layer + layer) * p.tokens + token;
-      const u64 position = row * per_token * words;
-      for (u32 w = me; w < per_token; w += 32) {
-        const u32 unit = p.units == 1 ? 0 : w / per_unit, within = w - unit * per_unit;
-        const u64 off = u64(within) * sizeof(T);
-        const T v = Memory<T>::load(near(src + unit * p.from.head + off, sizeof(T)));
-        Memory<T>::store(near(dst + unit * p.to.head + off, sizeof(T)), v);
-        if (p.digest) sum += digest_of(v, position + u64(w) * words);
+#pragma unroll
+      for (u32 k = 0; k < DEEP; ++k) {
+        if (!to[k]) continue;
+        Memory<T>::store(to[k], v[k]);
+        if (p.digest) sum += digest_of(v[k], position + u64(i + 32 * k) * words);
       }
     }
   }
-  if (p.digest && sum) add(near(p.digest, 8), sum);
+  // One lane of a warp adds: what all add to the same place goes one after the other.
+  if (p.digest) sum = of_warp(sum);
+  skipped = of_warp(skipped);
+  if (sum) add(near(p.digest, 8), sum);
   if (skipped) add(near(p.skipped, 8), skipped);
 }
 

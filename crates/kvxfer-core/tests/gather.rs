@@ -28,11 +28,13 @@ scenarios! {
     every_layout_to_a_chunk_and_back;
     pages_to_pages;
     latent_attention;
+    layer_by_layer;
     many_layers_take_several_launches;
     some_heads_only;
     the_peer_gets_it_in_one_pass;
     pinned_host_memory_and_what_is_not_reached;
     a_fence_is_kept;
+    without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
 }
 
 struct Random(u64);
@@ -201,6 +203,24 @@ fn latent_attention() {
     }
 }
 
+/// Keys and values of a token side by side, as an engine moves them layer by layer.
+fn layer_by_layer() {
+    let mut random = Random(19);
+    for (order, heads_first) in LAYOUTS {
+        let (tokens, count) = table(&mut random, 6, 16);
+        let pages = paged(Layout::paged(order, heads_first, 6, 16, 4, 48), 3, 16, &mut random, tokens);
+        let chunk = Layout::layer_chunk(count, 4, 48);
+        let chunk = paged(chunk, 3, 0, &mut random, Tokens::From(0));
+        // Token after token, keys before values: the test's own words for it.
+        assert_eq!(
+            place(&chunk, 0, 1, 0, 0) + place(&chunk, 0, 0, count - 1, 3),
+            (2 * count as usize * 4 - 1) * 48
+        );
+        check(pages.clone(), chunk.clone(), count, "layer by layer");
+        check(chunk, pages, count, "layer by layer, back");
+    }
+}
+
 fn many_layers_take_several_launches() {
     let mut random = Random(14);
     let layout = Layout::paged(Order::KvFirst, false, 3, 4, 2, 16);
@@ -300,4 +320,12 @@ fn a_fence_is_kept() {
     // Dropped without waiting: its end is awaited all the same.
     drop(gather.start(None, true).unwrap());
     drop(chunk);
+}
+
+/// The kernels do not load: bytes, surroundings and digest are the same.
+fn without_kernels_copies_do_the_same() {
+    latent_attention();
+    some_heads_only();
+    every_layout_to_a_chunk_and_back();
+    pinned_host_memory_and_what_is_not_reached();
 }

@@ -54,6 +54,12 @@ inline void add(u64 at, u64 value) {
   Memory<u64>::store(at, now + value);
 }
 
+// Every lane keeps its own part; they are added up all the same.
+inline u64 of_warp(u64 value) { return value; }
+
+inline u32 fixed32(u64 at) { return Memory<u32>::load(at); }
+inline u64 fixed64(u64 at) { return Memory<u64>::load(at); }
+
 // Runs one thread after the other.
 template <class Body> int every_thread(const unsigned grid[3], const unsigned block[3], Body body) {
   gridDim.x = grid[0];

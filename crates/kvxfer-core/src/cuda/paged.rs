@@ -1,16 +1,16 @@
-//! Launches of the kernel between paged caches and chunks.
+//! Launches of the kernel between paged caches and chunks, and copies in their place.
 
-use super::engine::{Engine, Flight, Scratch};
+use super::engine::{Engine, Flight, Move, Scratch};
 use super::stream::Fence;
 use crate::Result;
 use crate::gather::Params;
 use std::sync::Arc;
 
-/// A launch under way, with the tables it reads and the numbers it leaves.
+/// A launch under way, with the tables it reads and the numbers it leaves; or copies, which need and leave none.
 pub(crate) struct Paged {
     /// Goes first: it waits for the end of what reads and writes the scratch.
     flight: Flight,
-    scratch: Scratch,
+    scratch: Option<Scratch>,
     digest: bool,
 }
 
@@ -42,7 +42,20 @@ impl Engine {
         let flight = self.fly(stream, after, |stream| {
             launches.iter().try_for_each(|p| kernels.paged(stream, p, p.items(), wide))
         })?;
-        Ok(Paged { flight, scratch, digest })
+        Ok(Paged { flight, scratch: Some(scratch), digest })
+    }
+
+    /// Whether there are kernels on this device.
+    pub(crate) fn has_kernels(&self) -> bool {
+        self.kernels().is_ok()
+    }
+
+    /// The same by copies, where there are no kernels. As with `paged`, whoever made the moves has checked every range, and keeps the
+    /// memories until the end.
+    pub(crate) fn paged_by_copies(self: &Arc<Self>, moves: &[Move], after: Option<&Fence>) -> Result<Paged> {
+        // SAFETY: the ranges lie within memories that the gather, which owns them, checked and keeps until the flight has ended.
+        let flight = unsafe { self.start(self.pick(), moves, after, false) }?;
+        Ok(Paged { flight, scratch: None, digest: false })
     }
 }
 
@@ -51,9 +64,10 @@ impl Paged {
         self.flight.poll()
     }
 
-    /// Digest, where one was taken, and skipped tokens; once it has ended.
+    /// Digest, where the kernel took one, and skipped tokens; once it has ended.
     pub(crate) fn results(&self) -> (Option<u64>, u64) {
-        (self.digest.then(|| self.scratch.word(0)), self.scratch.word(1))
+        let Some(scratch) = &self.scratch else { return (None, 0) };
+        (self.digest.then(|| scratch.word(0)), scratch.word(1))
     }
 }
 

@@ -10,9 +10,14 @@
 
 /// Of bytes in `KV_2LTD` order, a multiple of 8.
 pub fn digest(bytes: &[u8]) -> u64 {
+    digest_from(0, bytes)
+}
+
+/// The part of `bytes` in it, when they begin with word number `first`.
+pub(super) fn digest_from(first: u64, bytes: &[u8]) -> u64 {
     let words = bytes.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().unwrap_or_default()));
     words
-        .zip(1u64..)
+        .zip(first + 1..)
         .fold(0, |sum, (word, n)| sum.wrapping_add(mix(word ^ n.wrapping_mul(0x9e37_79b9_7f4a_7c15))))
 }
 

@@ -34,6 +34,9 @@ pub struct Layout {
     pub head_bytes: u64,
 }
 
+/// Far more than any model has; the kernels count within a token in 32 bits.
+const MAX_TOKEN: u64 = 1 << 30;
+
 impl Layout {
     /// A paged layer: `[2, blocks, block, heads, head]` or `[blocks, 2, block, heads, head]`; with `heads_first` the heads come before
     /// the tokens of a block (HND).
@@ -93,6 +96,23 @@ impl Layout {
         Self { plane: 0, ..Self::latent(1, tokens, row_bytes) }
     }
 
+    /// A layer's own chunk `[tokens, 2, heads * head]`, keys and values of a token side by side, as caches that are moved layer by layer
+    /// have it.
+    pub fn layer_chunk(tokens: u32, heads: u32, head_bytes: u64) -> Self {
+        let row = u64::from(heads) * head_bytes;
+        Self {
+            planes: 2,
+            plane: row,
+            blocks: 1,
+            block_tokens: tokens,
+            block: 0,
+            token: 2 * row,
+            heads,
+            head: head_bytes,
+            head_bytes,
+        }
+    }
+
     /// Only heads `first..first + count`: what a rank with fewer heads has, or wants.
     pub fn with_heads(self, count: u32) -> Self {
         Self { heads: count, ..self }
@@ -134,6 +154,13 @@ impl Layout {
             return Err(bad(format!(
                 "a head of {} bytes; the kernels move multiples of 8 bytes (16 for full speed)",
                 self.head_bytes
+            )));
+        }
+        let token = u64::from(self.heads).checked_mul(self.head_bytes);
+        if token.is_none_or(|t| t > MAX_TOKEN) {
+            return Err(bad(format!(
+                "{} heads of {} bytes; a token's keys (or values) have at most {MAX_TOKEN} in a layer",
+                self.heads, self.head_bytes
             )));
         }
         if self.extent().is_none() {

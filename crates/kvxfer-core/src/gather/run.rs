@@ -1,8 +1,9 @@
 //! A gather on a device.
 
+use super::digest::digest_from;
 use super::params::Addresses;
 use super::view::{Gather, Tokens, View};
-use crate::cuda::{Device, Engine, Fence, Paged};
+use crate::cuda::{Device, Engine, Fence, Move, Paged};
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
 use std::time::{Duration, Instant};
@@ -12,6 +13,10 @@ use std::time::{Duration, Instant};
 pub struct Gathering {
     paged: Paged,
     gather: Gather,
+    /// What is still to be taken by the host, because no kernel takes it.
+    owed: bool,
+    /// The digest that the host took.
+    by_host: Option<u64>,
 }
 
 /// How it went.
@@ -25,7 +30,8 @@ pub struct Gathered {
 
 impl Gather {
     /// Starts it on the device that one of the views lies on, after `after`; does not wait. The other view may be on another device that
-    /// this one reaches, or in pinned host memory. `digest`: take one on the way.
+    /// this one reaches, or in pinned host memory. `digest`: take one on the way. Where the kernels do not load, copies do the same; then the
+    /// host takes the digest, of the source, when the end is first seen.
     pub fn start(&self, after: Option<&Fence>, digest: bool) -> Result<Gathering> {
         let (here, there) = (self.from.memory.on_device(), self.to.memory.on_device());
         let device = here.or(there).ok_or_else(|| {
@@ -44,12 +50,42 @@ impl Gather {
             });
         }
         let engine = Engine::of(device)?;
+        if !engine.has_kernels() {
+            let paged = engine.paged_by_copies(&self.moves(), after)?;
+            return Ok(Gathering { paged, gather: self.clone(), owed: digest, by_host: None });
+        }
         let tables = [table(&self.from), table(&self.to)];
         let paged = engine.paged(&tables, digest, self.is_wide(), after, |addresses| {
             let [a, b, digest, skipped] = addresses;
             self.params(Addresses { tables: [a, b], digest, skipped })
         })?;
-        Ok(Gathering { paged, gather: self.clone() })
+        Ok(Gathering { paged, gather: self.clone(), owed: false, by_host: None })
+    }
+
+    /// The byte runs as addresses.
+    fn moves(&self) -> Vec<Move> {
+        let (src, dst) = (self.from.memory.as_ptr() as u64, self.to.memory.as_ptr() as u64);
+        let runs = self.runs().into_iter();
+        runs.map(|r| Move { src: src + r.local_offset, dst: dst + r.remote_offset, len: r.len }).collect()
+    }
+
+    /// The digest of the source, read by the host a layer and plane at a time.
+    fn digest_by_host(&self) -> Result<u64> {
+        let l = &self.from.layout;
+        let row = u64::from(l.heads) * l.head_bytes;
+        let mut bytes = vec![0; (u64::from(self.tokens) * row) as usize];
+        let (mut sum, mut first) = (0u64, 0);
+        for plane in 0..l.planes {
+            for layer in 0..self.from.layers.len() {
+                let head = |at: u64| (0..u64::from(l.heads)).map(move |h| (at + h * l.head, l.head_bytes));
+                let places = (0..self.tokens).map(|token| self.from.place(layer, plane, token));
+                let runs: Vec<_> = places.flat_map(head).collect();
+                self.from.memory.read_runs(&runs, &mut bytes)?;
+                sum = sum.wrapping_add(digest_from(first, &bytes));
+                first += bytes.len() as u64 / 8;
+            }
+        }
+        Ok(sum)
     }
 }
 
@@ -80,13 +116,20 @@ fn reached(device: &Device, view: &View) -> Result<()> {
 impl Gathering {
     /// Whether it has ended.
     pub fn is_done(&mut self) -> Result<bool> {
-        self.paged.is_done()
+        if !self.paged.is_done()? {
+            return Ok(false);
+        }
+        if self.owed {
+            self.by_host = Some(self.gather.digest_by_host()?);
+            self.owed = false;
+        }
+        Ok(true)
     }
 
     /// Waits for its end, at most `timeout` long.
     pub fn wait(mut self, timeout: Duration) -> Result<Gathered> {
         let deadline = Instant::now() + timeout;
-        while !self.paged.is_done()? {
+        while !self.is_done()? {
             if Instant::now() >= deadline {
                 return Err(Error::TimedOut { operation: "a gather on a device".into(), after: timeout });
             }
@@ -100,6 +143,6 @@ impl Gathering {
                 format!("{skipped} tokens named blocks that do not exist"),
             ));
         }
-        Ok(Gathered { bytes: self.gather.bytes(), digest })
+        Ok(Gathered { bytes: self.gather.bytes(), digest: digest.or(self.by_host) })
     }
 }

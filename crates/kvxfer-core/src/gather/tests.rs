@@ -188,6 +188,8 @@ fn what_does_not_fit_is_named() {
     says(paged(Layout { heads: 0, ..layout }, vec![0], table(&[0], 0)), chunk(1, 2, 64), 1, "heads is 0");
     says(paged(Layout { planes: 3, ..layout }, vec![0], table(&[0], 0)), chunk(1, 2, 64), 1, "3 planes");
     says(paged(Layout { head_bytes: 12, ..layout }, vec![0], table(&[0], 0)), chunk(1, 2, 64), 1, "12 bytes");
+    let wild = Layout { heads: 1, head_bytes: (1 << 32) + 64, ..layout };
+    says(paged(wild, vec![0], table(&[0], 0)), chunk(1, 2, 64), 1, "1 heads of 4294967360 bytes");
     says(
         paged(Layout { block: u64::MAX, ..layout }, vec![0], table(&[0], 0)),
         chunk(1, 2, 64),
