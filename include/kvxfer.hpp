@@ -513,6 +513,49 @@ struct ChunkSpec {
   std::uint64_t length;
 };
 
+/// Where a chunk that was found is read to: runs of a region, in the order of the chunk's bytes.
+struct FoundTarget {
+  /// Place of the chunk's key in the query.
+  std::uint32_t index;
+  const Region *region;
+  std::vector<kvxfer_run_t> runs;
+};
+
+/// Chunks that a receiver has, held for reading until they are read or this object goes.
+class Found : public detail::Handle<kvxfer_found_t, kvxfer_found_free> {
+ public:
+  using Handle::Handle;
+  /// How many of the chunks that were asked for the receiver has.
+  std::size_t size() const { return count().first; }
+  /// For how long they are held, counted from the receiver's answer; zero when nothing is.
+  Milliseconds lease() const { return count().second; }
+  /// Number `i` of those that were found, in the order of the query.
+  kvxfer_found_chunk_t chunk(std::size_t i) const {
+    auto chunk = detail::sized<kvxfer_found_chunk_t>();
+    check(kvxfer_found_chunk(raw_, i, &chunk));
+    return chunk;
+  }
+  /// Reads chunks back and gives everything that was found back to the receiver. When it returns every byte is there and fits the
+  /// digest its writer committed; after an exception the targets may hold anything, and nothing changes them any more.
+  kvxfer_read_report_t read(const std::vector<FoundTarget> &targets, Milliseconds timeout) {
+    std::vector<kvxfer_found_target_t> raw;
+    for (const FoundTarget &t : targets) {
+      raw.push_back({t.region ? t.region->get() : nullptr, t.runs.data(), t.runs.size(), t.index, 0});
+    }
+    auto report = detail::sized<kvxfer_read_report_t>();
+    check(kvxfer_found_read(raw_, raw.data(), raw.size(), detail::ms(timeout), &report));
+    return report;
+  }
+
+ private:
+  std::pair<std::size_t, Milliseconds> count() const {
+    std::size_t count = 0;
+    std::uint64_t lease = 0;
+    check(kvxfer_found_count(raw_, &count, &lease));
+    return {count, Milliseconds(lease)};
+  }
+};
+
 /// A channel to one receiver's pool.
 class Sender : public detail::Handle<kvxfer_sender_t, kvxfer_sender_free> {
  public:
@@ -535,11 +578,50 @@ class Sender : public detail::Handle<kvxfer_sender_t, kvxfer_sender_free> {
     check(kvxfer_sender_reserve(raw_, request.c_str(), raw.data(), raw.size(), detail::ms(timeout), &out));
     return Reservation(out);
   }
+  /// Asks which of `keys` the receiver has published, and has them held for `lease`; with a lease of zero it only asks.
+  Found query(const std::vector<std::string> &keys, Milliseconds lease, Milliseconds timeout) const {
+    auto raw = detail::pointers(keys);
+    kvxfer_found_t *out = nullptr;
+    check(kvxfer_sender_query(raw_, raw.data(), raw.size(), detail::ms(lease), detail::ms(timeout), &out));
+    return Found(out);
+  }
   /// The receiver's agent.
   Peer peer() const {
     kvxfer_peer_t *out = nullptr;
     check(kvxfer_sender_peer(raw_, &out));
     return Peer(out);
+  }
+};
+
+/// An engine's paged cache in host memory, by the addresses of its layers; see kvxfer_paged_t. The memory stays the engine's.
+struct PagedCache {
+  std::vector<void *> layers;
+  std::uint64_t layer_bytes = 0, blocks = 0;
+  std::uint32_t heads = 0, block_size = 0, head_size = 0, element_bytes = 2;
+  std::uint32_t layout = KVXFER_PAGED_VEC;
+  /// That copy; zero takes as many as the calling thread has processors, eight at most.
+  std::uint32_t threads = 0;
+
+  /// Fills each chunk from its slots; when an argument is wrong nothing has been copied.
+  void gather(const std::vector<kvxfer_paged_chunk_t> &chunks) const { copy(kvxfer_paged_gather, chunks); }
+  /// Puts each chunk's tokens into their slots; nothing else of the cache changes.
+  void scatter(const std::vector<kvxfer_paged_chunk_t> &chunks) const { copy(kvxfer_paged_scatter, chunks); }
+
+ private:
+  template <class F>
+  void copy(F call, const std::vector<kvxfer_paged_chunk_t> &chunks) const {
+    auto p = detail::sized<kvxfer_paged_t>();
+    p.layers = layers.data();
+    p.layer_count = layers.size();
+    p.layer_bytes = layer_bytes;
+    p.blocks = blocks;
+    p.heads = heads;
+    p.block_size = block_size;
+    p.head_size = head_size;
+    p.element_bytes = element_bytes;
+    p.layout = layout;
+    p.threads = threads;
+    check(call(&p, chunks.data(), chunks.size()));
   }
 };
 

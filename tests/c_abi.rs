@@ -26,6 +26,28 @@ macro_rules! programs {
 }
 programs! { lifecycle misuse threads forked signals logging }
 
+mod wrappers {
+    use super::*;
+
+    fn wrapped(mode: Mode) {
+        if have("c++") {
+            run_source(&Path::new(ROOT).join("tests/c/wrappers.cpp"), mode);
+        }
+    }
+    #[test]
+    fn plain() {
+        wrapped(Mode::Plain);
+    }
+    #[test]
+    fn address_sanitizer() {
+        wrapped(Mode::Asan);
+    }
+    #[test]
+    fn valgrind() {
+        wrapped(Mode::Valgrind);
+    }
+}
+
 mod nulls {
     use super::*;
 
