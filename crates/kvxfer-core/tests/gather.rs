@@ -3,6 +3,9 @@
 
 #[path = "cuda/harness.rs"]
 mod harness;
+#[expect(dead_code, reason = "only streams are needed here")]
+#[path = "cuda/raw.rs"]
+mod raw;
 
 use kvxfer_core::cuda::Device;
 use kvxfer_core::gather::{Gather, Layout, Order, Tokens, View, digest};
@@ -303,20 +306,27 @@ fn random_table(n: u32) -> Vec<u32> {
     Random(99).shuffled(n)
 }
 
-/// A gather behind a fence that has not passed is not done, and is right afterwards; the sum of two kernels' work is in order.
+/// A gather behind a fence that has not passed is not done, and moves what the producer wrote.
 fn a_fence_is_kept() {
     use kvxfer_core::cuda::Fence;
     let mut random = Random(18);
     let layout = Layout::paged(Order::KvFirst, true, 4, 16, 2, 64);
     let pages = paged(layout, 2, 0, &mut random, Tokens::Blocks { ids: vec![1, 0, 3, 2], first: 0 });
     let chunk = View::chunk(device(2 * 2 * 60 * 128), 0, 2, 60, 2, 64);
-    #[expect(unsafe_code, reason = "the default stream is always live")]
-    // SAFETY: the default stream.
-    let fence = unsafe { Fence::of_stream(0, 0) }.unwrap();
+    // A producer that writes the pages on its own stream after a while.
+    let stream = raw::Stream::new(0);
+    stream.sleep(100);
+    stream.fill(pages.memory.as_ptr() as u64, 0xa5, pages.memory.len());
+    #[expect(unsafe_code, reason = "a fence takes a stream by its address")]
+    // SAFETY: the stream lives until the end of the test.
+    let fence = unsafe { Fence::of_stream(0, stream.address()) }.unwrap();
     let gather = Gather::new(pages, chunk.clone(), 60).unwrap();
-    let started = gather.start(Some(&fence), false).unwrap();
+    let mut started = gather.start(Some(&fence), false).unwrap();
+    assert!(!fence.is_done().unwrap() && !started.is_done().unwrap(), "the producer is still at it");
     let done = started.wait(SOON).unwrap();
     assert_eq!((done.bytes, done.digest), (gather.bytes(), None));
+    assert!(all(&chunk.memory).iter().all(|&b| b == 0xa5), "what the producer wrote, nothing earlier");
+    stream.end();
     // Dropped without waiting: its end is awaited all the same.
     drop(gather.start(None, true).unwrap());
     drop(chunk);

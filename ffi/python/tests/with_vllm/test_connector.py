@@ -3,6 +3,9 @@
 What a proxy of vLLM's pull flow does, the tests do: the prefiller is asked with `do_remote_decode`, the decoder gets what it answered.
 """
 
+import concurrent.futures
+import http.client
+import json
 import os
 import pathlib
 import shutil
@@ -10,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -153,50 +155,112 @@ def test_a_stopped_prefiller_is_waited_for_no_longer_than_its_time(stack):
     blocks_are_free(stack)
 
 
-def test_a_prompt_that_is_given_up_while_it_is_prefilled_leaves_no_blocks_behind(stack):
-    for i in range(3):
-        tokens = prompt(1900, f"given up {i}")
-        with pytest.raises(httpx.TimeoutException):
-            body = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 1, "temperature": 0}
-            body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
-            httpx.post(stack.prefiller + "/v1/completions", json=body, timeout=0.1 * (i + 1) / 2, trust_env=False)
-    blocks_are_free(stack)
-    tokens = prompt(300, "after those")
-    assert decode(stack, tokens, prefill(stack, tokens)) == expected(stack, tokens)
+def waiting(stack):
+    """Requests at the decoder that wait for their blocks, among others."""
+    return gauge(stack.decoder, "vllm:num_requests_waiting{")
 
 
-def test_a_decoder_that_is_killed_and_comes_back(stack):
-    unread, tokens = prompt(300, "never read"), prompt(600, "cut off")
-    prefill(stack, unread)
-    params = prefill(stack, tokens)
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(decode, stack, tokens, params, max_tokens=5000)
-        time.sleep(0.5)
+def test_a_decoder_that_is_killed_in_the_middle_of_a_read_and_comes_back(stack):
+    tokens = prompt(600, "cut off")
+    wanted = expected(stack, tokens)
+    # Over `tcp` the prefiller takes part in a read, so that one ends in no case while it is stopped.
+    stack.environment["decoder"] = {"KVXFER_TRANSPORTS": "tcp"}
+    try:
         stack.kill("decoder")
-        with pytest.raises(httpx.TransportError):
-            answer.result()
-    # What it read is free at once, what it never came for after its time; nobody touches the prefiller.
-    until(
-        lambda: gauge(stack.prefiller, "vllm:kv_cache_usage_perc") == 0,
-        "the prefiller has all its blocks",
-        HOLD_S + SOON,
-    )
+        stack.restart("decoder")
+        first = prompt(300, "connects")
+        assert decode(stack, first, prefill(stack, first)) == expected(stack, first)
+        assert " over tcp" in reads(stack)[-1]
+        params, before = prefill(stack, tokens), len(reads(stack))
+        group = os.getpgid(stack.servers[0].keeper.pid)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            os.killpg(group, signal.SIGSTOP)
+            try:
+                asked = pool.submit(decode, stack, tokens, params)
+                until(lambda: waiting(stack) == 1, "the decoder reads")
+                stack.kill("decoder")
+            finally:
+                os.killpg(group, signal.SIGCONT)
+            with pytest.raises(httpx.HTTPError):
+                asked.result()
+        assert len(reads(stack)) == before
+        # The prefiller still holds the blocks for whoever comes with the parameters, and gives them back when the time is over.
+        assert gauge(stack.prefiller, "vllm:kv_cache_usage_perc") > 0
+        assert expected(stack, tokens) == wanted, "the prefiller serves on"
+        until(lambda: gauge(stack.prefiller, "vllm:kv_cache_usage_perc") == 0, "the blocks are back", HOLD_S + SOON)
+    finally:
+        del stack.environment["decoder"]
     stack.restart("decoder")
-    before = len(reads(stack))
-    assert decode(stack, tokens, prefill(stack, tokens)) == expected(stack, tokens)
+    assert decode(stack, tokens, prefill(stack, tokens)) == wanted
     assert len(reads(stack)) == before + 1, "the new one reads"
     blocks_are_free(stack)
 
 
+def test_a_decoder_that_is_killed_with_many_reads_under_way(stack):
+    prompts = [prompt(1500, f"many {i}") for i in range(8)]
+    wanted = [expected(stack, tokens) for tokens in prompts]
+    handed = [prefill(stack, tokens) for tokens in prompts]
+    before = len(reads(stack))
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        asked = [
+            pool.submit(decode, stack, tokens, params, max_tokens=2000)
+            for tokens, params in zip(prompts, handed, strict=True)
+        ]
+        until(lambda: len(reads(stack)) > before, "the first has been read")
+        stack.kill("decoder")
+        assert all(isinstance(one.exception(), httpx.HTTPError) for one in asked)
+    stack.restart("decoder")
+    blocks_are_free(stack)
+    handed = [prefill(stack, tokens) for tokens in prompts]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda one: decode(stack, *one), zip(prompts, handed, strict=True))) == wanted
+    blocks_are_free(stack)
+
+
+def test_a_client_that_leaves_during_the_prefill_leaves_no_blocks_behind(stack):
+    def counts():
+        return gauge(stack.prefiller, "vllm:prompt_tokens_total"), stack.log("prefiller").read_text().count(
+            "nobody has read"
+        )
+
+    before = counts()
+    host, port = stack.prefiller.removeprefix("http://").split(":")
+    clients = []
+    for i in range(3):
+        body = {"model": MODEL_NAME, "prompt": prompt(8000, f"leaves {i}"), "max_tokens": 1}
+        body["kv_transfer_params"] = {"do_remote_decode": True, "do_remote_prefill": False}
+        clients.append(http.client.HTTPConnection(host, int(port)))
+        clients[-1].request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    until(lambda: gauge(stack.prefiller, "vllm:kv_cache_usage_perc") > 0, "a prefill is under way")
+    for client in clients:
+        client.close()
+    blocks_are_free(stack)
+    assert counts() == before, "not one was computed to its end, and nothing was held"
+
+
 def test_another_model_is_refused_by_name(stack, tmp_path):
-    model = stack.model
-    stack.model = shutil.copytree(model, tmp_path / "another")
+    """One whose cache looks the same: the same layers of the same size, other weights."""
+    from transformers import LlamaForCausalLM
+
+    tokens = prompt(300, "model")
+    wanted, model = expected(stack, tokens), stack.model
+    other = tmp_path / "another-llama"
+    shutil.copytree(model, other)
+    weights = LlamaForCausalLM.from_pretrained(model)
+    for name, weight in weights.named_parameters():
+        if "proj" in name:
+            weight.data.neg_()
+    weights.save_pretrained(other)
+    stack.model = other
     try:
         stack.kill("prefiller")
         stack.restart("prefiller")
-        tokens = prompt(300, "model")
-        assert len(decode(stack, tokens, prefill(stack, tokens))) == GENERATED
-        assert f"model differs: here '{model}', there '{stack.model}'" in stack.log("decoder").read_text()
+        assert expected(stack, tokens) != wanted
+        before = len(reads(stack))
+        assert decode(stack, tokens, prefill(stack, tokens)) == wanted, "computed by its own model"
+        assert len(reads(stack)) == before
+        assert f"model differs: here '{model}', there '{other}'" in stack.log("decoder").read_text()
+        blocks_are_free(stack)
     finally:
         stack.model = model
 
