@@ -206,18 +206,14 @@ fn not_started() -> kvxfer_core::Error {
 fn wait(object: &GatherObject, limit: std::time::Duration) -> Result<Option<(u64, u64)>> {
     let mut slot = object.running.lock();
     let running = slot.as_mut().ok_or_else(not_started)?;
-    let deadline = std::time::Instant::now() + limit;
-    while !running.is_done()? {
-        if std::time::Instant::now() >= deadline {
-            if limit.is_zero() {
-                return Ok(None);
-            }
-            return Err(kvxfer_core::Error::TimedOut { operation: "a gather".into(), after: limit });
+    match running.wait(limit) {
+        Err(kvxfer_core::Error::TimedOut { .. }) if limit.is_zero() => Ok(None),
+        Err(e @ kvxfer_core::Error::TimedOut { .. }) => Err(e),
+        ended => {
+            *slot = None;
+            ended.map(|done| Some((done.bytes, done.digest.unwrap_or(0))))
         }
-        std::hint::spin_loop();
     }
-    let done = slot.take().ok_or_else(not_started)?.wait(std::time::Duration::ZERO)?;
-    Ok(Some((done.bytes, done.digest.unwrap_or(0))))
 }
 
 #[cfg(not(feature = "cuda"))]

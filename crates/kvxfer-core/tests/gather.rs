@@ -7,6 +7,10 @@ mod harness;
 #[path = "cuda/raw.rs"]
 mod raw;
 
+#[path = "common/mod.rs"]
+mod common;
+
+use common::bytes as all;
 use kvxfer_core::cuda::Device;
 use kvxfer_core::gather::{Gather, Layout, Order, Tokens, View, digest};
 use kvxfer_core::memory::HugePages;
@@ -63,12 +67,6 @@ impl Random {
 
 fn device(bytes: u64) -> Arc<Memory> {
     Memory::device(&Device::get(0).unwrap(), bytes as usize).unwrap()
-}
-
-fn all(memory: &Memory) -> Vec<u8> {
-    let mut out = vec![0; memory.len()];
-    memory.read_at(0, &mut out).unwrap();
-    out
 }
 
 /// Where a token's head lies, by the layout's own words; the list of runs is tested against shapes elsewhere.
@@ -323,6 +321,8 @@ fn a_fence_is_kept() {
     let gather = Gather::new(pages, chunk.clone(), 60).unwrap();
     let mut started = gather.start(Some(&fence), false).unwrap();
     assert!(!fence.is_done().unwrap() && !started.is_done().unwrap(), "the producer is still at it");
+    let e = started.wait(Duration::from_millis(1)).unwrap_err();
+    assert_eq!(e.code(), ErrorCode::TimedOut, "{e}; it goes on and can be waited for again");
     let done = started.wait(SOON).unwrap();
     assert_eq!((done.bytes, done.digest), (gather.bytes(), None));
     assert!(all(&chunk.memory).iter().all(|&b| b == 0xa5), "what the producer wrote, nothing earlier");

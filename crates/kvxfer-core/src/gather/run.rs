@@ -126,8 +126,8 @@ impl Gathering {
         Ok(true)
     }
 
-    /// Waits for its end, at most `timeout` long.
-    pub fn wait(mut self, timeout: Duration) -> Result<Gathered> {
+    /// Waits for its end, at most `timeout` long: on [`Error::TimedOut`] it goes on, and can be waited for again.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Gathered> {
         let deadline = Instant::now() + timeout;
         while !self.is_done()? {
             if Instant::now() >= deadline {
