@@ -7,6 +7,8 @@
 
 pub mod agent;
 pub mod baseline;
+#[cfg(any(feature = "cuda", feature = "nixl"))]
+mod cache;
 pub mod channel;
 pub mod config;
 mod copy;

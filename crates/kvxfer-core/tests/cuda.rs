@@ -5,6 +5,7 @@
 //! freed: that must be nothing.
 #![cfg(feature = "cuda")]
 
+mod common;
 #[path = "cuda/copies.rs"]
 mod copies;
 #[path = "cuda/faults.rs"]

@@ -13,7 +13,7 @@ from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, c_texts, choice, handle,
 from kvxfer._native import ffi, lib
 from kvxfer.errors import NotFound, check
 from kvxfer.events import Events
-from kvxfer.gpu import Fence
+from kvxfer.gpu import Fence, fence_of
 from kvxfer.region import Region, keep_until_free
 from kvxfer.transfer import Pieces, Transfer, pack
 
@@ -316,7 +316,7 @@ class Peer:
         options.timeout_ms = milliseconds("timeout", timeout)
         options.integrity = choice("integrity", INTEGRITY, integrity)
         options.transport = choice("transport", TRANSPORTS, transport)
-        options.after = after._handle if after is not None else ffi.NULL
+        options.after = fence_of(after)
         payload = ffi.from_buffer(notify) if notify else ffi.new("char[1]")
         if notify is not None:
             options.notify, options.notify_length = payload, len(notify)

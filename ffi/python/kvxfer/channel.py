@@ -17,7 +17,7 @@ from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, millisec
 from kvxfer._native import ffi, lib
 from kvxfer.agent import Agent, Peer, memory_of
 from kvxfer.errors import TimedOut, check
-from kvxfer.gpu import Fence
+from kvxfer.gpu import Fence, fence_of
 from kvxfer.query import Found, query
 from kvxfer.region import Region
 
@@ -344,8 +344,8 @@ class Reservation:
     def write(self, index: int, region: Region, runs: Iterable[tuple[int, int]], *, after: Fence | None = None) -> None:
         """Writes and commits chunk number `index` from runs of a region, once a CUDA stream has passed `after`. Returns at once."""
         packed = ffi.new("kvxfer_run_t[]", list(runs))
-        fence = after._handle if after is not None else ffi.NULL
-        check(lib.kvxfer_reservation_write_after(self._handle, index, region._handle, packed, len(packed), fence))
+        write = lib.kvxfer_reservation_write_after
+        check(write(self._handle, index, region._handle, packed, len(packed), fence_of(after)))
         self._regions.append(region)
 
     def finish(self) -> Delivery:

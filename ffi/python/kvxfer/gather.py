@@ -9,7 +9,7 @@ from typing import Any
 from kvxfer._call import handle, milliseconds
 from kvxfer._native import ffi, lib
 from kvxfer.errors import TooLarge, check
-from kvxfer.gpu import Fence
+from kvxfer.gpu import Fence, fence_of
 from kvxfer.region import Region
 
 
@@ -102,7 +102,7 @@ class Gather:
 
     def start(self, *, after: Fence | None = None, digest: bool = False) -> None:
         """Starts it on the GPU, once a CUDA stream has passed `after`. Does not wait."""
-        check(lib.kvxfer_gather_start(self._handle, after._handle if after is not None else ffi.NULL, digest))
+        check(lib.kvxfer_gather_start(self._handle, fence_of(after), digest))
 
     def wait(self, timeout: float = 10.0) -> tuple[int, int]:
         """Waits for the end: bytes moved, and the digest (0 where none was asked for)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvxfer._call import handle
-from kvxfer._native import lib
+from kvxfer._native import ffi, lib
 from kvxfer.errors import check
 
 DLPACK_CUDA = 2
@@ -35,6 +35,11 @@ class Fence:
             return False
         check(code)
         return True
+
+
+def fence_of(after: Fence | None) -> Any:
+    """The handle to pass on; NULL for none."""
+    return ffi.NULL if after is None else after._handle
 
 
 def by_array_interface(array: Mapping[str, Any]) -> tuple[int, int]:

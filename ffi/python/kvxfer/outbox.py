@@ -16,7 +16,7 @@ from kvxfer._native import ffi, lib
 from kvxfer.agent import Agent
 from kvxfer.channel import DeliveryReport, Geometry
 from kvxfer.errors import KvxferError, check, error
-from kvxfer.gpu import Fence
+from kvxfer.gpu import Fence, fence_of
 from kvxfer.region import Region
 
 _TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items() if name}
@@ -102,7 +102,7 @@ class Outbox:
         name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
         batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)
         batch.total, batch.first, batch.last = total, first, last
-        batch.after = after._handle if after is not None else ffi.NULL
+        batch.after = fence_of(after)
         number = ffi.new("uint64_t *")
         check(lib.kvxfer_outbox_put(self._handle, batch, number))
         return int(number[0])

@@ -1,6 +1,7 @@
 //! The benchmark's near side: connects, owns the local memory, and runs single passes of a subject or a baseline.
 
 use super::cases::{Case, Pattern};
+use super::failed;
 use super::raw::RawClient;
 use super::server::{Start, Started, touch};
 use super::wire::{Answer, Ask, Control, PLAIN, PONG, SHARED};
@@ -185,12 +186,7 @@ impl Session {
         let time = start.elapsed();
         match report.error {
             None => Ok(Pass { time, submit }),
-            Some(code) => Err(Failure::new(format!(
-                "{kind}: {} of {} pieces failed: {code}{}",
-                report.failed,
-                report.pieces,
-                report.detail.map(|d| format!(" ({d})")).unwrap_or_default()
-            ))),
+            Some(code) => Err(failed(kind, code, &report)),
         }
     }
 

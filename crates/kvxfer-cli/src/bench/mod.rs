@@ -37,7 +37,7 @@ use crate::{Failure, Verdict};
 use cases::Plan;
 use client::Session;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use kvxfer_core::TransportKind;
+use kvxfer_core::{ErrorCode, TransferReport, TransportKind};
 use measure::Bench;
 use rows::{Header, Run};
 use std::io::IsTerminal;
@@ -171,6 +171,12 @@ fn date(unix: u64) -> String {
     let (d, m) = (doy - (153 * mp + 2) / 5 + 1, if mp < 10 { mp + 3 } else { mp - 9 });
     let y = yoe + era * 400 + i64::from(m <= 2);
     format!("{y:04}-{m:02}-{d:02} {:02}:{:02} UTC", secs / 3600, secs / 60 % 60)
+}
+
+/// What a transfer that failed with `code` says.
+fn failed(kind: TransportKind, code: ErrorCode, report: &TransferReport) -> Failure {
+    let detail = report.detail.as_ref().map(|d| format!(" ({d})")).unwrap_or_default();
+    Failure::new(format!("{kind}: {} of {} pieces failed: {code}{detail}", report.failed, report.pieces))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! progress thread finds the fence passed. A held job can be cancelled and has its deadline like any other.
 
 use crate::cuda::Fence;
-use crate::transport::{Job, Link};
+use crate::transport::{Job, Link, Tracker};
 use kvxfer_proto::ErrorCode;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -21,20 +21,19 @@ struct State {
 }
 
 struct Waiting {
-    fence: Fence,
     link: Arc<dyn Link>,
     job: Job,
 }
 
 impl Held {
-    /// Holds a job until `fence` has passed.
-    pub(crate) fn hold(&self, fence: Fence, link: Arc<dyn Link>, job: Job) {
+    /// Holds a job until its fence has passed.
+    pub(crate) fn hold(&self, link: Arc<dyn Link>, job: Job) {
         let mut state = self.state.lock();
         if state.closed {
             drop(state);
-            return end(&job, ErrorCode::Closed, "the agent was shut down");
+            return end(&job.tracker, ErrorCode::Closed, "the agent was shut down");
         }
-        state.waiting.push(Waiting { fence, link, job });
+        state.waiting.push(Waiting { link, job });
     }
 
     /// Submits what need not wait any more, ends what was cancelled. True while some wait.
@@ -45,7 +44,7 @@ impl Held {
             let mut i = 0;
             while i < state.waiting.len() {
                 let w = &state.waiting[i];
-                let passed = w.fence.is_done();
+                let passed = w.job.after.as_ref().map_or(Ok(true), Fence::is_done);
                 if matches!(passed, Ok(false)) && w.job.tracker.cancelled().is_none() {
                     i += 1;
                 } else {
@@ -57,12 +56,13 @@ impl Held {
         };
         // Not under the lock: the end of a transfer may submit the next one.
         for (Waiting { link, job, .. }, passed) in over {
-            if let Some(code) = job.tracker.cancelled() {
-                end(&job, code, "");
+            let tracker = job.tracker.clone();
+            if let Some(code) = tracker.cancelled() {
+                end(&tracker, code, "");
             } else if let Err(e) = passed {
-                end(&job, ErrorCode::Transport, &format!("the producer's stream failed: {e}"));
-            } else if let Err(e) = link.submit(job.clone()) {
-                end(&job, e.code(), &e.to_string());
+                end(&tracker, ErrorCode::Transport, &format!("the producer's stream failed: {e}"));
+            } else if let Err(e) = link.submit(job) {
+                end(&tracker, e.code(), &e.to_string());
             }
         }
         busy
@@ -76,14 +76,14 @@ impl Held {
             std::mem::take(&mut state.waiting)
         };
         for w in waiting {
-            end(&w.job, ErrorCode::Closed, "the agent was shut down");
+            end(&w.job.tracker, ErrorCode::Closed, "the agent was shut down");
         }
     }
 }
 
-fn end(job: &Job, code: ErrorCode, why: &str) {
-    if !job.tracker.all_decided() {
-        job.tracker.fail_rest(code, why);
+fn end(tracker: &Tracker, code: ErrorCode, why: &str) {
+    if !tracker.all_decided() {
+        tracker.fail_rest(code, why);
     }
-    job.tracker.finish();
+    tracker.finish();
 }

@@ -123,25 +123,18 @@ impl SideChannel {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        let Some(pid) = pid else {
+        match pid {
             // Its end must be known when it comes.
-            peer_process(&fd)?;
-            return Self::greet(fd, name, session, deadline);
-        };
-        let real = peer_pid(&fd).map_err(say)?;
-        if real != pid {
-            return Err(format!("side socket @{name} belongs to process {real}, the peer said {pid}"));
+            None => drop(peer_process(&fd)?),
+            Some(pid) => {
+                let real = peer_pid(&fd).map_err(say)?;
+                if real != pid {
+                    return Err(format!(
+                        "side socket @{name} belongs to process {real}, the peer said {pid}"
+                    ));
+                }
+            }
         }
-        Self::greet(fd, name, session, deadline)
-    }
-
-    fn greet(
-        fd: OwnedFd,
-        name: &str,
-        session: &[u8; SESSION_LEN],
-        deadline: Instant,
-    ) -> std::result::Result<Self, String> {
-        let say = |e: std::io::Error| format!("side socket @{name}: {e}");
         rustix::net::send(&fd, session, SendFlags::NOSIGNAL).map_err(|e| say(e.into()))?;
         let mut answer = [0u8; WELCOME.len()];
         if !wait_for(&fd, PollFlags::IN, deadline).map_err(say)? {

@@ -146,7 +146,7 @@ pub(crate) fn submit(
     let integrity = options.integrity.or(agent.config.integrity).unwrap_or(path.caps.default_integrity);
     tracing::trace!(peer = %peer.inner.info.name, transfer = %id, transport = %path.candidate.kind, bytes = total, "submit");
     let after = options.after;
-    let held = after.clone().filter(|f| !path.caps.follows_streams && !matches!(f.is_done(), Ok(true)));
+    let held = !path.caps.follows_streams && after.as_ref().is_some_and(|f| !matches!(f.is_done(), Ok(true)));
     let job = Job {
         transfer: id,
         op,
@@ -159,14 +159,14 @@ pub(crate) fn submit(
         digest: digest.filter(|_| path.caps.fuses_digest),
         tracker: tracker.clone(),
     };
-    let polled = path.caps.needs_poll || held.is_some();
-    match held {
-        Some(fence) => agent.held.hold(fence, path.link.clone(), job),
-        None => path.link.submit(job)?,
+    if held {
+        agent.held.hold(path.link.clone(), job);
+    } else {
+        path.link.submit(job)?;
     }
     if !tracker.is_finished() {
         agent.reactor.add_deadline(Instant::now() + timeout, id, &tracker, &path.link, &peer.inner);
-        if polled && !agent.reactor.poll_wanted.swap(true, Ordering::AcqRel) {
+        if (held || path.caps.needs_poll) && !agent.reactor.poll_wanted.swap(true, Ordering::AcqRel) {
             agent.reactor.wake();
         }
     }

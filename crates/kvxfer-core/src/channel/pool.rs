@@ -260,38 +260,33 @@ impl Pool {
 
     fn verify(&self, state: &mut State, verify: Verify) {
         let runs = [(self.offset(verify.binding.page), verify.binding.len)];
-        match verify.check {
-            Check::Full(digest) | Check::Bound(digest)
-                if self.region.memory().is_device() || matches!(verify.check, Check::Full(_)) =>
-            {
-                let sampled = matches!(verify.check, Check::Bound(_));
-                let memory = self.region.memory().clone();
-                let (me, token) = (self.me.clone(), verify.token);
-                let job = move || {
-                    let bytes = Bytes { memory: &memory, runs: &runs };
-                    let found =
-                        if sampled { bytes.bound(&verify.binding) } else { bytes.full(&verify.binding) };
-                    if let Err(e) = &found {
-                        tracing::warn!(error = %e, "a chunk's bytes cannot be read back");
-                    }
-                    let good = found.is_ok_and(|d| d == digest);
-                    drop(memory);
-                    if let Some(pool) = me.upgrade() {
-                        pool.with(|m| m.verified(host::now(), token, good));
-                        part(pool);
-                    }
-                };
-                if let Err(e) = self.verifier.run(job) {
-                    tracing::error!(error = %e, "a chunk cannot be checked");
-                    state.machine.verified(host::now(), token, false);
-                }
+        let (full, digest) = match verify.check {
+            Check::None => return state.machine.verified(host::now(), verify.token, true),
+            Check::Bound(digest) => (false, digest),
+            Check::Full(digest) => (true, digest),
+        };
+        let memory = self.region.memory();
+        if !full && !memory.is_device() {
+            let good = Bytes { memory, runs: &runs }.bound(&verify.binding).is_ok_and(|d| d == digest);
+            return state.machine.verified(host::now(), verify.token, good);
+        }
+        let (memory, me, token) = (memory.clone(), self.me.clone(), verify.token);
+        let job = move || {
+            let bytes = Bytes { memory: &memory, runs: &runs };
+            let found = if full { bytes.full(&verify.binding) } else { bytes.bound(&verify.binding) };
+            if let Err(e) = &found {
+                tracing::warn!(error = %e, "a chunk's bytes cannot be read back");
             }
-            Check::Bound(digest) | Check::Full(digest) => {
-                let bytes = Bytes { memory: self.region.memory(), runs: &runs };
-                let good = bytes.bound(&verify.binding).is_ok_and(|d| d == digest);
-                state.machine.verified(host::now(), verify.token, good);
+            let good = found.is_ok_and(|d| d == digest);
+            drop(memory);
+            if let Some(pool) = me.upgrade() {
+                pool.with(|m| m.verified(host::now(), token, good));
+                part(pool);
             }
-            Check::None => state.machine.verified(host::now(), verify.token, true),
+        };
+        if let Err(e) = self.verifier.run(job) {
+            tracing::error!(error = %e, "a chunk cannot be checked");
+            state.machine.verified(host::now(), token, false);
         }
     }
 

@@ -51,14 +51,12 @@ pub(super) fn choose(
     base: u64,
     len: u64,
 ) -> (How, Integrity) {
+    let bound = if device { How::Sampled } else { How::Bound };
     match level {
         Integrity::Off => (How::None, Integrity::Off),
-        Integrity::Bound if device => (How::Sampled, Integrity::Bound),
-        Integrity::Bound => (How::Bound, Integrity::Bound),
+        Integrity::Bound => (bound, Integrity::Bound),
         // Every byte is checked as it arrives: what is left to check is that it is the right chunk.
-        Integrity::Full if caps.verifies_arrival => {
-            (if device { How::Sampled } else { How::Bound }, Integrity::Full)
-        }
+        Integrity::Full if caps.verifies_arrival => (bound, Integrity::Full),
         Integrity::Full if caps.fuses_digest => {
             let hashes = (0..segment_count(len)).map(|_| AtomicU64::new(0)).collect();
             (How::Fused(Arc::new(SegmentDigests { base, len, hashes })), Integrity::Bound)

@@ -121,7 +121,7 @@ impl Staging {
 }
 
 impl Slot {
-    pub(crate) fn memory(&self) -> Option<&Arc<Memory>> {
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
         match self.0 {}
     }
     pub(crate) fn fill(&self, _from: &Arc<Memory>, _ranges: &[(u64, u32)], _then: Then) -> Result<Landing> {

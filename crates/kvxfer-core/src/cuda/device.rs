@@ -119,9 +119,9 @@ impl Device {
         Ok(Entered { device: self })
     }
 
-    /// Lets kernels of this device touch the memory of `other`; false where the machine has no such path (copies then go through
-    /// the copy engines, which always have one).
-    pub(crate) fn reach(&self, other: &Self) -> Result<bool> {
+    /// Whether kernels of this device touch the memory of `other`, which is allowed here if it can be; false where the machine has no such
+    /// path (copies then go through the copy engines, which always have one).
+    pub fn reaches(&self, other: &Self) -> Result<bool> {
         if self.is(other) {
             return Ok(true);
         }
@@ -147,11 +147,6 @@ impl Device {
             }
             other => Err(driver::error("cuCtxEnablePeerAccess", other)),
         }
-    }
-
-    /// Whether kernels of this device touch memory of `other` directly.
-    pub fn reaches(&self, other: &Self) -> Result<bool> {
-        self.reach(other)
     }
 
     /// Loads kvxfer's kernels on this device; the error is the driver's.

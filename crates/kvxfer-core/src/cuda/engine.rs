@@ -32,6 +32,18 @@ pub(crate) struct Move {
     pub(crate) len: u64,
 }
 
+impl Move {
+    /// As part of the last one, where it goes on from that on both sides.
+    pub(crate) fn append_to(self, moves: &mut Vec<Self>) {
+        match moves.last_mut() {
+            Some(last) if last.src + last.len == self.src && last.dst + last.len == self.dst => {
+                last.len += self.len;
+            }
+            _ => moves.push(self),
+        }
+    }
+}
+
 /// What copies on one device.
 pub(crate) struct Engine {
     device: Device,
@@ -179,7 +191,7 @@ impl Engine {
         flight.wait()?;
         // SAFETY: as many bytes were just written there, and nothing writes them any more.
         out.copy_from_slice(unsafe { std::slice::from_raw_parts(pinned.host, out.len()) });
-        self.idle.lock().scratch.push(pinned);
+        self.keep(pinned);
         Ok(())
     }
 
@@ -283,6 +295,14 @@ impl Engine {
         }
         Scratch::new(&self.device, bytes)
     }
+
+    /// For the next flight; nothing uses it any more.
+    pub(super) fn keep(&self, scratch: Scratch) {
+        let mut idle = self.idle.lock();
+        if idle.scratch.len() < 16 {
+            idle.scratch.push(scratch);
+        }
+    }
 }
 
 impl Engine {
@@ -311,16 +331,14 @@ impl Flight {
     }
 
     fn ended(&mut self) {
-        let mut idle = self.engine.idle.lock();
-        if let Some(event) = self.event.take()
-            && idle.events.len() < 64
-        {
-            idle.events.push(event);
+        if let Some(event) = self.event.take() {
+            let mut idle = self.engine.idle.lock();
+            if idle.events.len() < 64 {
+                idle.events.push(event);
+            }
         }
-        if let Some(scratch) = self.scratch.take()
-            && idle.scratch.len() < 16
-        {
-            idle.scratch.push(scratch);
+        if let Some(scratch) = self.scratch.take() {
+            self.engine.keep(scratch);
         }
     }
 }

@@ -53,6 +53,16 @@ pub(crate) struct Opened {
 type Key = ([u8; 16], u64, [u8; HANDLE]);
 static OPENED: LazyLock<Mutex<HashMap<Key, Weak<Opened>>>> = LazyLock::new(Mutex::default);
 
+/// Start and length of the allocation that an address lies in. A context is current.
+fn allocation_of(address: u64) -> Result<(u64, u64)> {
+    let (mut start, mut size) = (0, 0);
+    // SAFETY: two pointers to live integers; the driver checks the address.
+    check("cuMemGetAddressRange", unsafe {
+        sys::cuMemGetAddressRange_v2(&raw mut start, &raw mut size, address)
+    })?;
+    Ok((start, size as u64))
+}
+
 /// Makes a block reachable for other processes of this host.
 pub(crate) fn export(block: &Block, len: usize) -> Result<Export> {
     let device = block.device();
@@ -62,13 +72,9 @@ pub(crate) fn export(block: &Block, len: usize) -> Result<Export> {
         return Ok(Export { uuid, buffer: 0, offset: 0, size: mapped.bytes() as u64, way });
     }
     let here = device.enter()?;
-    let (mut start, mut size) = (0, 0);
-    // SAFETY: two pointers to live integers; the driver checks the address.
-    check("cuMemGetAddressRange", unsafe {
-        sys::cuMemGetAddressRange_v2(&raw mut start, &raw mut size, block.base())
-    })?;
+    let (start, size) = allocation_of(block.base())?;
     let offset = block.base() - start;
-    if offset + len as u64 > size as u64 {
+    if offset + len as u64 > size {
         return Err(Error::failed(
             ErrorCode::Unsupported,
             format!(
@@ -100,7 +106,7 @@ pub(crate) fn export(block: &Block, len: usize) -> Result<Export> {
             }
         },
     };
-    Ok(Export { uuid, buffer, offset, size: size as u64, way })
+    Ok(Export { uuid, buffer, offset, size, way })
 }
 
 impl Opened {
@@ -132,14 +138,10 @@ impl Opened {
         let mut this = Self { device, base, size: 0, mapped: None };
         // The owner's word on the size is not enough: what was mapped is asked for.
         let here = this.device.enter()?;
-        let (mut start, mut size) = (0, 0);
-        // SAFETY: two pointers to live integers, an address mapped a moment ago.
-        let asked = check("cuMemGetAddressRange", unsafe {
-            sys::cuMemGetAddressRange_v2(&raw mut start, &raw mut size, base)
-        });
+        let asked = allocation_of(base);
         drop(here);
-        asked?;
-        this.size = size as u64 - (base - start);
+        let (start, size) = asked?;
+        this.size = size - (base - start);
         let this = Arc::new(this);
         opened.insert(key, Arc::downgrade(&this));
         Ok(this)

@@ -95,39 +95,44 @@ impl Kernels {
 
     /// Moves between paged caches and chunks as `params` says, in about `items` parts.
     pub(crate) fn paged(&self, stream: &Stream, params: &Params, items: u64, wide: bool) -> Result<()> {
-        let _here = self.device.enter()?;
-        let mut pointers = [std::ptr::from_ref(params).cast_mut().cast()];
+        let mut values = [std::ptr::from_ref(params).cast_mut().cast()];
         let warps = THREADS / 32;
-        let grid = items.div_ceil(warps.into()).clamp(1, (self.device.processors() * BLOCKS).into()) as u32;
-        // SAFETY: one parameter of the kernel's type, copied by the call; whoever made it has checked every range, and keeps the memories
-        // until the end.
-        check(format_args!("launch of kvx_paged for {items} parts"), unsafe {
-            sys::cuLaunchKernel(
-                self.paged[usize::from(!wide)],
-                grid,
-                1,
-                1,
-                THREADS,
-                1,
-                1,
-                0,
-                stream.raw(),
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        })
+        let grid = items.div_ceil(warps.into()).clamp(1, self.most().into()) as u32;
+        let what = format_args!("launch of kvx_paged for {items} parts");
+        // SAFETY: one parameter of the kernel's type; whoever made it has checked every range, and keeps the memories until the end.
+        unsafe { self.launch(what, self.paged[usize::from(!wide)], stream, grid, &mut values) }
     }
 
     /// Copies `count` pieces whose descriptors lie at `descriptors`, in device-visible memory.
     pub(crate) fn copy(&self, stream: &Stream, mut descriptors: u64, count: usize) -> Result<()> {
-        let _here = self.device.enter()?;
         let mut count32 = count as u32;
-        let mut params = [(&raw mut descriptors).cast(), (&raw mut count32).cast()];
-        let grid = (self.device.processors() * BLOCKS).min(count32.max(1));
+        let mut values = [(&raw mut descriptors).cast(), (&raw mut count32).cast()];
+        let what = format_args!("launch of kvx_copy for {count} pieces");
         // SAFETY: two parameters of the kernel's types; the addresses by the promise of `Engine::start`.
-        check(format_args!("launch of kvx_copy for {count} pieces"), unsafe {
+        unsafe { self.launch(what, self.copy, stream, self.most().min(count32.max(1)), &mut values) }
+    }
+
+    /// Blocks that the device runs at once.
+    fn most(&self) -> u32 {
+        self.device.processors() * BLOCKS
+    }
+
+    /// # Safety
+    /// `values` point to as many live parameters as `function` of this module takes, of its types; they are copied. What they tell it to
+    /// touch stays valid until the stream has done it.
+    unsafe fn launch(
+        &self,
+        what: std::fmt::Arguments<'_>,
+        function: sys::CUfunction,
+        stream: &Stream,
+        grid: u32,
+        values: &mut [*mut std::ffi::c_void],
+    ) -> Result<()> {
+        let _here = self.device.enter()?;
+        // SAFETY: the caller's promise; the module lives as long as `self`.
+        check(what, unsafe {
             sys::cuLaunchKernel(
-                self.copy,
+                function,
                 grid,
                 1,
                 1,
@@ -136,7 +141,7 @@ impl Kernels {
                 1,
                 0,
                 stream.raw(),
-                params.as_mut_ptr(),
+                values.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
         })

@@ -6,7 +6,7 @@
 //! log, and the shipped PTX is used.
 
 use super::device::Device;
-use crate::{Error, Result};
+use crate::{Error, Result, cache};
 use cudarc::nvrtc::{result, sys};
 use kvxfer_proto::ErrorCode;
 use std::ffi::CStr;
@@ -38,7 +38,8 @@ pub(super) fn for_device(device: &Device) -> Option<String> {
         let source = source();
         let key =
             xxhash_rust::xxh3::xxh3_64(format!("{source}{architecture}{}", library.display()).as_bytes());
-        let kept = cache().map(|folder| folder.join("ptx").join(format!("{architecture}-{key:016x}.ptx")));
+        let kept =
+            cache::folder().map(|folder| folder.join("ptx").join(format!("{architecture}-{key:016x}.ptx")));
         if let Some(text) = kept.as_ref().and_then(|file| std::fs::read_to_string(file).ok()) {
             return Ok(text);
         }
@@ -105,15 +106,9 @@ fn load(library: &Path) -> Result<()> {
     }
 }
 
-fn cache() -> Option<PathBuf> {
-    let folder = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-    let folder = folder.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    Some(folder.join("kvxfer"))
-}
-
 /// The copy that `scripts/install-nvrtc.sh` keeps.
 fn installed() -> Option<PathBuf> {
-    let library = cache()?.join("nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12");
+    let library = cache::folder()?.join("nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12");
     library.is_file().then_some(library)
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// A launch under way, with the tables it reads and the numbers it leaves; or copies, which need and leave none.
 pub(crate) struct Paged {
-    /// Goes first: it waits for the end of what reads and writes the scratch.
+    engine: Arc<Engine>,
     flight: Flight,
     scratch: Option<Scratch>,
     digest: bool,
@@ -42,7 +42,7 @@ impl Engine {
         let flight = self.fly(stream, after, |stream| {
             launches.iter().try_for_each(|p| kernels.paged(stream, p, p.items(), wide))
         })?;
-        Ok(Paged { flight, scratch: Some(scratch), digest })
+        Ok(Paged { engine: self.clone(), flight, scratch: Some(scratch), digest })
     }
 
     /// Whether there are kernels on this device.
@@ -55,7 +55,7 @@ impl Engine {
     pub(crate) fn paged_by_copies(self: &Arc<Self>, moves: &[Move], after: Option<&Fence>) -> Result<Paged> {
         // SAFETY: the ranges lie within memories that the gather, which owns them, checked and keeps until the flight has ended.
         let flight = unsafe { self.start(self.pick(), moves, after, false) }?;
-        Ok(Paged { flight, scratch: None, digest: false })
+        Ok(Paged { engine: self.clone(), flight, scratch: None, digest: false })
     }
 }
 
@@ -68,6 +68,18 @@ impl Paged {
     pub(crate) fn results(&self) -> (Option<u64>, u64) {
         let Some(scratch) = &self.scratch else { return (None, 0) };
         (self.digest.then(|| scratch.word(0)), scratch.word(1))
+    }
+}
+
+impl Drop for Paged {
+    fn drop(&mut self) {
+        // What reads and writes the scratch must have ended before the next one gets it.
+        if let Err(e) = self.flight.wait() {
+            tracing::debug!(error = %e, "a gather was dropped");
+        }
+        if let Some(scratch) = self.scratch.take() {
+            self.engine.keep(scratch);
+        }
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) struct Staging {
 
 /// A piece of pinned memory, given back when dropped.
 pub(crate) struct Slot {
-    memory: Option<Arc<Memory>>,
+    memory: Arc<Memory>,
     home: Arc<Staging>,
 }
 
@@ -46,7 +46,7 @@ impl Staging {
             idle.iter().position(|m| m.len() >= len).map(|i| idle.swap_remove(i))
         };
         let memory = known.map_or_else(|| make(device, len), Ok)?;
-        Ok(Slot { memory: Some(memory), home: self.clone() })
+        Ok(Slot { memory, home: self.clone() })
     }
 }
 
@@ -58,8 +58,8 @@ fn make(device: &Device, len: usize) -> Result<Arc<Memory>> {
 }
 
 impl Slot {
-    pub(crate) fn memory(&self) -> Option<&Arc<Memory>> {
-        self.memory.as_ref()
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// Starts to bring `ranges` of device memory here, one after the other.
@@ -73,10 +73,10 @@ impl Slot {
     }
 
     fn start(&self, far: &Arc<Memory>, ranges: &[(u64, u32)], fill: bool, then: Then) -> Result<Landing> {
-        let missing =
-            || crate::Error::failed(kvxfer_proto::ErrorCode::Closed, "no slot, or no device memory");
-        let near = self.memory.as_ref().ok_or_else(missing)?;
-        let device = far.on_device().ok_or_else(missing)?;
+        let near = &self.memory;
+        let device = far.on_device().ok_or_else(|| {
+            crate::Error::failed(kvxfer_proto::ErrorCode::Unsupported, "not a GPU's memory")
+        })?;
         let total: u64 = ranges.iter().map(|r| u64::from(r.1)).sum();
         near.range(0, total)?;
         let mut at = near.as_ptr() as u64;
@@ -86,10 +86,7 @@ impl Slot {
             let (src, dst, len) =
                 if fill { (there, here, u64::from(*len)) } else { (here, there, u64::from(*len)) };
             at += len;
-            match moves.last_mut() {
-                Some(last) if last.src + last.len == src && last.dst + last.len == dst => last.len += len,
-                _ => moves.push(Move { src, dst, len }),
-            }
+            Move { src, dst, len }.append_to(&mut moves);
         }
         let engine = Engine::of(device)?;
         let stream = engine.pick();
@@ -107,10 +104,8 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut idle = self.home.idle.lock();
-        if idle.len() < KEPT
-            && let Some(memory) = self.memory.take()
-        {
-            idle.push(memory);
+        if idle.len() < KEPT {
+            idle.push(self.memory.clone());
         }
     }
 }

@@ -119,7 +119,7 @@ impl Drop for Mapped {
     }
 }
 
-/// A descriptor of somebody else's mapping (torch's expandable segments), with where `at` lies in it: offset and the mapping's size.
+/// A descriptor of somebody else's mapping that begins at `base` (torch's expandable segments).
 pub(crate) fn export_foreign(device: &Device, base: u64) -> Result<OwnedFd> {
     let _here = device.enter()?;
     let mut handle = 0;

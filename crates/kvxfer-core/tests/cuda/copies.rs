@@ -1,6 +1,7 @@
 //! Transfers between two agents of one process: every pair of memories, by copies and by the kernel, and behind fences.
 #![expect(unsafe_code, reason = "foreign memory and streams are used by promise")]
 
+pub(crate) use crate::common::{bytes, pattern as noise};
 use crate::raw;
 use kvxfer_core::cuda::{Device, Fence};
 use kvxfer_core::memory::HugePages;
@@ -9,24 +10,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) const SOON: Duration = Duration::from_secs(20);
-
-pub(crate) fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            x as u8
-        })
-        .collect()
-}
-
-pub(crate) fn bytes(memory: &Memory) -> Vec<u8> {
-    let mut out = vec![0; memory.len()];
-    memory.read_at(0, &mut out).unwrap();
-    out
-}
 
 /// Two connected agents with a region each.
 pub(crate) struct Pair {

@@ -3,6 +3,7 @@
 use super::near::{Far, Local, Near};
 use super::rows::{Against, Bar, Row};
 use crate::Failure;
+use crate::content::Rng;
 use indicatif::ProgressBar;
 use kvxfer_core::{Op, Piece, TransportKind};
 use std::time::Duration;
@@ -117,22 +118,14 @@ fn scattered_pieces(blocks: u64, block: u64) -> Vec<Piece> {
     (0..blocks)
         .map(|i| {
             let (plane, at) = (i / per_plane, i % per_plane);
-            let from = plane * per_plane + table[at as usize];
+            let from = plane * per_plane + u64::from(table[at as usize]);
             Piece { local_offset: from * block, remote_offset: i * block, len: block }
         })
         .collect()
 }
 
-fn shuffled(n: u64) -> Vec<u64> {
-    let mut table: Vec<u64> = (0..n).collect();
-    let mut x = 0x9e37_79b9_7f4a_7c15u64;
-    for i in (1..table.len()).rev() {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        table.swap(i, (x % (i as u64 + 1)) as usize);
-    }
-    table
+fn shuffled(n: u64) -> Vec<u32> {
+    Rng::new(1).permutation(n as usize)
 }
 
 fn scattered(near: &mut Near) -> Result<Vec<Row>, Failure> {
@@ -174,7 +167,7 @@ pub(super) fn store_pieces(tokens: u64) -> Vec<Piece> {
         for plane in 0..PLANES {
             for at in (0..here).step_by(BLOCK_TOKENS as usize) {
                 let n = BLOCK_TOKENS.min(here - at);
-                let block = table[((first + at) / BLOCK_TOKENS) as usize];
+                let block = u64::from(table[((first + at) / BLOCK_TOKENS) as usize]);
                 pieces.push(Piece {
                     local_offset: (plane * blocks + block) * BLOCK_TOKENS * TOKEN,
                     remote_offset: chunk_at + (plane * here + at) * TOKEN,

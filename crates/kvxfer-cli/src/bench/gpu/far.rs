@@ -1,6 +1,7 @@
 //! The other process: device memory and a pinned pool to be written and read, answers to pings.
 
 use crate::bench::server::{await_ping, ping_options};
+use crate::content::Content;
 use crate::{Failure, agents, child};
 use kvxfer_core::agent::Access;
 use kvxfer_core::cuda::Device;
@@ -48,14 +49,9 @@ pub(super) enum Answer {
 
 /// Bytes that differ by place and seed.
 pub(super) fn pattern(bytes: u64, seed: u64) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut out = vec![0; bytes as usize];
-    for word in out.chunks_mut(8) {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        word.copy_from_slice(&x.to_le_bytes()[..word.len()]);
-    }
+    let mut out = vec![0; bytes.next_multiple_of(8) as usize];
+    Content::new(seed, 0).fill(0, &mut out);
+    out.truncate(bytes as usize);
     out
 }
 

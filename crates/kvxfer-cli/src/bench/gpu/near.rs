@@ -2,6 +2,7 @@
 
 use super::Plan;
 use super::far::{Answer, Ask, BACK, DEADLINE, DEVICE, POOL, Start, Started, digest, pattern};
+use crate::bench::failed;
 use crate::bench::nixl::Bare;
 use crate::bench::server::{await_ping, ping_options};
 use crate::child::Child;
@@ -121,7 +122,7 @@ impl Near {
         let time = start.elapsed();
         match report.error {
             None => Ok((time, submit)),
-            Some(code) => Err(Failure::new(format!("{kind}: {code}{}", report.detail.unwrap_or_default()))),
+            Some(code) => Err(failed(kind, code, &report)),
         }
     }
 

@@ -121,10 +121,7 @@ impl Active {
                 Op::Write => (near, far),
                 Op::Read => (far, near),
             };
-            match moves.last_mut() {
-                Some(last) if last.src + last.len == src && last.dst + last.len == dst => last.len += len,
-                _ => moves.push(Move { src, dst, len }),
-            }
+            Move { src, dst, len }.append_to(&mut moves);
             room -= len;
             self.within += len;
             if self.within == p.len {

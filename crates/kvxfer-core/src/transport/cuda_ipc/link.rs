@@ -190,7 +190,7 @@ impl Link for CudaLink {
         })?;
         let engine = Engine::of(device)?;
         let kernel = match (here, there) {
-            (Some(a), Some(b)) => a.reach(b)?,
+            (Some(a), Some(b)) => a.reaches(b)?,
             _ => true,
         };
         let ready = prepare(&target, &job.local)?;

@@ -19,7 +19,7 @@ mod ticket;
 
 use self::jobs::Jobs;
 use self::link::{CudaLink, Place};
-use self::ticket::Ticket;
+use self::ticket::What;
 use super::process::{Card, PeerProcess};
 use super::{Capabilities, Link, LocalTicket, PeerInfo, Transport, TransportKind};
 use crate::memory::MemoryKind;
@@ -90,18 +90,16 @@ impl Transport for CudaIpcTransport {
     }
 
     fn ticket(&self, region: RegionId, memory: &Arc<Memory>) -> Result<Option<LocalTicket>> {
-        let (ticket, fd) = match (memory.block(), memory.kind(), memory.fd()) {
-            (Some(block), ..) => Ticket::of_block(cuda::export(block, memory.len())?),
-            (None, MemoryKind::Memfd, Some(fd)) => {
-                let fd = fd.try_clone_to_owned().map_err(|e| {
-                    Error::system("dup of a pool's memfd", e, "raise the limit of open files (ulimit -n)")
-                })?;
-                (Ticket::Pool, Some(fd))
-            }
+        let what = match (memory.block(), memory.kind(), memory.fd()) {
+            (Some(block), ..) => What::Block(cuda::export(block, memory.len())?),
+            (None, MemoryKind::Memfd, Some(fd)) => What::Pool(fd.try_clone_to_owned().map_err(|e| {
+                Error::system("dup of a pool's memfd", e, "raise the limit of open files (ulimit -n)")
+            })?),
             // Private host memory: agents of this process only.
-            _ => (Ticket::Private, None),
+            _ => What::Private,
         };
-        let payload = ticket.encode(self.instance, region, memory.len() as u64);
+        let payload = what.encode(self.instance, region, memory.len() as u64);
+        let fd = what.into_fd();
         Ok(Some(LocalTicket { payload, fd }))
     }
 

@@ -10,23 +10,6 @@ use crate::{Error, Result};
 use kvxfer_proto::{ErrorCode, RegionId};
 use std::os::fd::OwnedFd;
 
-/// Made by this side.
-pub(super) enum Ticket {
-    Handle { export: Export, handle: [u8; HANDLE] },
-    Descriptor { export: Fields },
-    Pool,
-    Private,
-}
-
-/// The numbers of an export.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Fields {
-    uuid: [u8; 16],
-    buffer: u64,
-    offset: u64,
-    size: u64,
-}
-
 /// Read from a peer's bytes. Nothing of it is trusted yet.
 #[derive(Debug)]
 pub(super) struct Read {
@@ -35,9 +18,10 @@ pub(super) struct Read {
     pub(super) what: What,
 }
 
+/// What is shown to a peer, or was shown by one.
 #[derive(Debug)]
 pub(super) enum What {
-    /// A block of device memory; `offset..offset + len` lies within `size`.
+    /// A block of device memory; in what was read, `offset..offset + len` lies within `size`.
     Block(Export),
     /// A pool of host memory.
     Pool(OwnedFd),
@@ -51,38 +35,40 @@ const KIND_DESCRIPTOR: u8 = 2;
 const KIND_POOL: u8 = 3;
 const KIND_PRIVATE: u8 = 4;
 
-impl Ticket {
-    /// With the descriptor that goes with it.
-    pub(super) fn of_block(export: Export) -> (Self, Option<OwnedFd>) {
-        let fields =
-            Fields { uuid: export.uuid, buffer: export.buffer, offset: export.offset, size: export.size };
-        match export.way {
-            Way::Handle(handle) => (Self::Handle { export, handle }, None),
-            Way::Descriptor(fd) => (Self::Descriptor { export: fields }, Some(fd)),
-        }
-    }
-
+impl What {
+    /// The ticket of a region of `len` bytes.
     pub(super) fn encode(&self, instance: u64, region: RegionId, len: u64) -> Vec<u8> {
-        let (kind, fields, handle) = match self {
-            Self::Handle { export: e, handle } => {
-                let fields = Fields { uuid: e.uuid, buffer: e.buffer, offset: e.offset, size: e.size };
-                (KIND_HANDLE, fields, *handle)
+        const NO_HANDLE: &[u8; HANDLE] = &[0; HANDLE];
+        let (kind, uuid, numbers, handle) = match self {
+            Self::Block(e) => {
+                let (kind, handle) = match &e.way {
+                    Way::Handle(handle) => (KIND_HANDLE, handle),
+                    Way::Descriptor(_) => (KIND_DESCRIPTOR, NO_HANDLE),
+                };
+                (kind, e.uuid, [e.buffer, e.offset, e.size], handle)
             }
-            Self::Descriptor { export } => (KIND_DESCRIPTOR, *export, [0; HANDLE]),
-            Self::Pool => (KIND_POOL, Fields { size: len, ..Fields::default() }, [0; HANDLE]),
-            Self::Private => (KIND_PRIVATE, Fields { size: len, ..Fields::default() }, [0; HANDLE]),
+            Self::Pool(_) => (KIND_POOL, [0; 16], [0, 0, len], NO_HANDLE),
+            Self::Private => (KIND_PRIVATE, [0; 16], [0, 0, len], NO_HANDLE),
         };
         let mut out = Vec::with_capacity(LEN);
         out.extend_from_slice(&[VERSION, kind]);
         for n in [instance, region.0, len] {
             out.extend_from_slice(&n.to_le_bytes());
         }
-        out.extend_from_slice(&fields.uuid);
-        for n in [fields.buffer, fields.offset, fields.size] {
+        out.extend_from_slice(&uuid);
+        for n in numbers {
             out.extend_from_slice(&n.to_le_bytes());
         }
-        out.extend_from_slice(&handle);
+        out.extend_from_slice(handle);
         out
+    }
+
+    /// The descriptor that goes with it.
+    pub(super) fn into_fd(self) -> Option<OwnedFd> {
+        match self {
+            Self::Block(Export { way: Way::Descriptor(fd), .. }) | Self::Pool(fd) => Some(fd),
+            Self::Block(_) | Self::Private => None,
+        }
     }
 }
 
@@ -143,9 +129,9 @@ mod tests {
 
     #[test]
     fn a_ticket_comes_back_as_it_went() {
-        let (ticket, fd) = Ticket::of_block(export());
-        assert!(fd.is_none());
-        let bytes = ticket.encode(3, RegionId(8), 1000);
+        let what = What::Block(export());
+        let bytes = what.encode(3, RegionId(8), 1000);
+        assert!(what.into_fd().is_none());
         let read = Read::new(&bytes, 1000, None).unwrap();
         assert_eq!((read.instance, read.region), (3, RegionId(8)));
         let What::Block(e) = read.what else { panic!("{read:?}") };
@@ -155,7 +141,7 @@ mod tests {
 
     #[test]
     fn hostile_tickets_are_refused_by_name() {
-        let good = Ticket::of_block(export()).0.encode(3, RegionId(8), 1000);
+        let good = What::Block(export()).encode(3, RegionId(8), 1000);
         let says = |bytes: &[u8], len: u64, what: &str| {
             let e = Read::new(bytes, len, None).unwrap_err();
             assert_eq!(e.code(), ErrorCode::Protocol);

@@ -88,7 +88,6 @@ pub(super) fn only_backend(backends: &[Backend], backend: &Backend) -> Result<Op
     backend_args(std::slice::from_ref(backend))
 }
 
-/// An empty list of transfer descriptors.
 /// What NIXL calls the place of a memory: its kind, and the number of the device.
 pub(super) fn place_of(memory: &Memory) -> (MemType, u64) {
     match memory.on_device() {
@@ -97,6 +96,7 @@ pub(super) fn place_of(memory: &Memory) -> (MemType, u64) {
     }
 }
 
+/// An empty list of transfer descriptors.
 pub(super) fn xfer_list(kind: MemType) -> Result<XferDescList<'static>> {
     XferDescList::new(kind).map_err(|e| failed("create_xfer_dlist", &e))
 }

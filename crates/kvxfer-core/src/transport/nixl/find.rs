@@ -9,6 +9,7 @@
 //! ordinary error that names what was searched.
 
 use super::symbols;
+use crate::cache::{self, variable};
 use crate::config::NixlConfig;
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
@@ -254,12 +255,7 @@ fn places() -> [Place; 7] {
 
 /// kvxfer's own folder, filled by `scripts/install-nixl.sh`.
 fn cache_dir() -> Option<PathBuf> {
-    let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))?;
-    Some(base.join("kvxfer/nixl"))
-}
-
-fn variable(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from)
+    Some(cache::folder()?.join("nixl"))
 }
 
 fn variable_paths(name: &str) -> Vec<PathBuf> {

@@ -53,7 +53,7 @@ impl Scatter {
     pub(super) fn stage(self, staging: &Arc<Staging>) -> crate::Result<Self> {
         let Some(device) = self.memory.on_device() else { return Ok(self) };
         let slot = staging.slot(device, self.left)?;
-        let Some(host) = slot.memory().cloned() else { return Ok(self) };
+        let host = slot.memory().clone();
         let mut at = 0;
         let ranges = self
             .ranges
