@@ -2,18 +2,18 @@
 
 use super::agent::kvxfer_agent_t;
 use super::args::{
-    Out, OutStruct, fixed, flag, invalid, list, optional_text, optional_timeout, read_struct, text, timeout,
-    versioned,
+    Out, OutStruct, fixed, flag, invalid, list, list_mut, optional_text, optional_timeout, read_struct, text,
+    timeout, versioned,
 };
 use super::fence::{fence, kvxfer_fence_t};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::result::{KVXFER_OK, code, kvxfer_result_t, number};
 use super::sender::{kvxfer_chunk_source_t, kvxfer_sender_config_t, sender_config, source};
-use kvxfer_core::channel::{Batch, Outbox, OutboxConfig, OutboxEvent};
+use kvxfer_core::channel::{Announcement, Batch, Outbox, OutboxConfig, OutboxEvent, Placed};
 use kvxfer_core::proto::wire::ChunkSpec;
 use kvxfer_core::{Agent, ChunkKey, Error, ErrorCode, RequestId, Result};
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ pub struct kvxfer_batch_t {
     pub request: *const c_char,
     /// Where its chunks go, `tcp://host:port`.
     pub receiver: *const c_char,
-    /// The chunks.
+    /// The chunks; a NULL region: in the place that `kvxfer_outbox_place` gave, and one run `{0, length}`.
     pub chunks: *const kvxfer_chunk_source_t,
     /// Number of chunks; 0 is possible in the last batch.
     pub count: usize,
@@ -69,6 +69,16 @@ pub struct kvxfer_batch_t {
     pub after: *const kvxfer_fence_t,
 }
 versioned! { kvxfer_batch_t, 56; }
+
+/// Where a chunk's bytes are to be produced; see `kvxfer_outbox_place`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct kvxfer_place_t {
+    /// First byte of its page, in this process or on the device; NULL: it has no place here.
+    pub address: *mut c_void,
+    /// Its bytes.
+    pub length: u64,
+}
 
 /// What happened. Set `struct_size` before the call.
 #[derive(Clone, Copy, Debug)]
@@ -158,17 +168,18 @@ pub unsafe extern "C" fn kvxfer_outbox_put(
         if b.reserved != 0 {
             return Err(invalid("batch.reserved", format!("is {}, must be 0", b.reserved)));
         }
-        let after = fence("batch.after", b.after)?;
         let chunks = list("batch.chunks", b.chunks, b.count)?
             .iter()
             .map(|c| {
-                let (mut source, len) =
-                    source(&object.agent, "chunks.region", c.region, c.runs, c.run_count)?;
-                source.after.clone_from(&after);
-                Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, source))
+                if c.region.is_null() {
+                    return Ok((spec(c)?, None));
+                }
+                let (source, len) = source(&object.agent, "chunks.region", c.region, c.runs, c.run_count)?;
+                Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, Some(source)))
             })
             .collect::<Result<Vec<_>>>()?;
         let batch = Batch {
+            after: fence("batch.after", b.after)?,
             request: RequestId::new(text("batch.request", b.request)?)?,
             receiver: text("batch.receiver", b.receiver)?.to_owned(),
             first: flag("batch.first", b.first)?,
@@ -178,6 +189,85 @@ pub unsafe extern "C" fn kvxfer_outbox_put(
         };
         out.set(object.outbox.put(batch)?);
         Ok(KVXFER_OK)
+    })
+}
+
+/// A chunk that has its bytes in a place, or is to get them there: one run from 0 on tells its length.
+unsafe fn spec(c: &kvxfer_chunk_source_t) -> Result<ChunkSpec> {
+    // SAFETY: pointer arguments are as the header asks.
+    let (key, runs) = unsafe { (text("chunks.key", c.key)?, list("chunks.runs", c.runs, c.run_count)?) };
+    match runs {
+        [run] if run.offset == 0 && run.length > 0 => {
+            Ok(ChunkSpec { key: ChunkKey::new(key)?, len: run.length })
+        }
+        _ => Err(invalid("chunks.runs", "a chunk without a region has one run, {0, length of the chunk}")),
+    }
+}
+
+/// Asks for the chunks of a batch to be produced where they are to be: names them at the receiver and gives the pages that they got,
+/// as addresses of this process, where the receiver's pool is mapped in it (`shm`; `cuda_ipc` for a GPU's). Fill them, then put the
+/// same batch, with a NULL `region` for each chunk that has its place here. A chunk whose `address` is NULL is put from a region.
+///
+/// In `batch` each chunk has a NULL `region` and one run `{0, length}`; `after` is not looked at. `device` is -1 for host memory, or
+/// the CUDA device whose memory is wanted. `places` has room for `batch.count`. Waits for admission at most `patience_ms`; whatever
+/// prevents places gives NULLs, loses nothing, and is no error. Addresses are the caller's until the batch is put or given up with
+/// `kvxfer_outbox_give_up`, also when the request fails meanwhile; afterwards nothing may be written there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_place(
+    outbox: *mut kvxfer_outbox_t,
+    batch: *const kvxfer_batch_t,
+    device: i32,
+    patience_ms: u64,
+    places: *mut kvxfer_place_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_place", || unsafe {
+        let object = self::outbox(outbox)?;
+        let b = read_struct("batch", batch)?;
+        if b.reserved != 0 {
+            return Err(invalid("batch.reserved", format!("is {}, must be 0", b.reserved)));
+        }
+        let out = list_mut("places", places, b.count)?;
+        let specs = list("batch.chunks", b.chunks, b.count)?;
+        let announcement = Announcement {
+            request: RequestId::new(text("batch.request", b.request)?)?,
+            receiver: text("batch.receiver", b.receiver)?.to_owned(),
+            first: flag("batch.first", b.first)?,
+            total: b.total,
+            last: flag("batch.last", b.last)?,
+            chunks: specs.iter().map(|c| spec(c)).collect::<Result<_>>()?,
+        };
+        let patience = timeout("patience_ms", patience_ms)?;
+        let device = (device >= 0).then_some(device);
+        let placed = object.outbox.place(announcement, device, patience)?;
+        for (slot, place) in out.iter_mut().zip(&placed) {
+            let at = |p: &Placed| p.memory.as_ptr().wrapping_add(p.offset as usize);
+            *slot = kvxfer_place_t {
+                address: place.as_ref().map_or(std::ptr::null_mut(), |p| at(p).cast()),
+                length: place.as_ref().map_or(0, |p| p.len),
+            };
+        }
+        Ok(KVXFER_OK)
+    })
+}
+
+/// Gives up the places of a batch that is not put after all, and its request: once a CUDA stream that may still write there has passed
+/// `after`; NULL: nobody does. `KVXFER_NOT_FOUND` when the request has none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_give_up(
+    outbox: *mut kvxfer_outbox_t,
+    request: *const c_char,
+    after: *const kvxfer_fence_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_give_up", || unsafe {
+        let object = self::outbox(outbox)?;
+        let request = RequestId::new(text("request", request)?)?;
+        if object.outbox.give_up(&request, fence("after", after)?) {
+            Ok(KVXFER_OK)
+        } else {
+            Err(Error::NotFound { what: "request with places", name: request.to_string() })
+        }
     })
 }
 

@@ -166,6 +166,17 @@ impl SenderError {
     }
 }
 
+/// How a chunk stands before its bytes are supplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// The receiver has not said yet.
+    Unknown,
+    /// It has a page: supplied now, it is written at once.
+    HasPage,
+    /// It is there already, or comes by another request, or its own has ended.
+    NoPage,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Waiting,
@@ -192,11 +203,13 @@ struct Chunk {
     /// The last page named for it: a repetition of an earlier word must not start a write.
     last: Option<(PageIndex, Generation)>,
     supplied: bool,
+    /// Another request is writing it, as the receiver last said.
+    pending: bool,
     attempts: u32,
 }
 
 impl Chunk {
-    const NEW: Self = Self { place: Place::None, last: None, supplied: false, attempts: 0 };
+    const NEW: Self = Self { place: Place::None, last: None, supplied: false, pending: false, attempts: 0 };
 }
 
 struct Request {
@@ -345,6 +358,20 @@ impl Sender {
             _ => self.start(serial, chunk),
         }
         Ok(())
+    }
+
+    /// How a chunk stands that has not been supplied.
+    pub fn standing(&self, serial: u64, chunk: u32) -> Standing {
+        let chunk = self
+            .requests
+            .get(&serial)
+            .filter(|r| r.phase != Phase::Closing)
+            .and_then(|r| r.chunks.get(chunk as usize));
+        match chunk {
+            Some(Chunk { supplied: false, place: Place::Page(..), .. }) => Standing::HasPage,
+            Some(Chunk { supplied: false, place: Place::None, pending: false, .. }) => Standing::Unknown,
+            _ => Standing::NoPage,
+        }
     }
 
     /// A write has ended, and no byte of it moves any more: with the digest to commit, or with a failure.
@@ -540,7 +567,7 @@ impl Sender {
                     self.outputs.push_back(Output::ChunkDone { serial, chunk });
                 }
             }
-            Slot::Pending => {}
+            Slot::Pending => c.pending = true,
         }
     }
 

@@ -57,7 +57,7 @@ from kvxfer.errors import (
 from kvxfer.gather import Gather, Layout, View
 from kvxfer.gpu import Fence
 from kvxfer.memory import SharedMemory
-from kvxfer.outbox import Ended, Outbox, Released
+from kvxfer.outbox import Ended, Outbox, Place, Released
 from kvxfer.paged import PagedCache, PagedChunk
 from kvxfer.query import Found, FoundChunk, ReadReport
 from kvxfer.region import Region
@@ -97,6 +97,7 @@ __all__ = [
     "Notification",
     "OutOfRange",
     "Outbox",
+    "Place",
     "PagedCache",
     "PagedChunk",
     "Peer",

@@ -72,6 +72,9 @@ NEEDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "lmcache.v1.cache_engine": {
         "LMCacheEngine.store": ("self", "tokens", "hashes", "offsets", "mask"),
         "LMCacheEngine.lookup_unpin": ("self", "lookup_id"),
+        "LMCacheEngine.is_healthy": ("self",),
+        "LMCacheEngine._is_passive": ("self",),
+        "LMCacheEngine.is_frozen": ("self",),
     },
     "lmcache.integration.vllm.vllm_v1_adapter": {
         "LMCacheConnectorV1Impl.get_finished": ("self", "finished_req_ids"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, milliseconds
 from kvxfer._native import ffi, lib
@@ -40,6 +41,13 @@ class Ended:
     """From its first batch to its end."""
     after_last_seconds: float
     """From its last batch to its end; 0 where that had not come."""
+
+
+class Place(NamedTuple):
+    """Where a chunk's bytes are to be produced."""
+
+    address: int
+    length: int
 
 
 class Outbox:
@@ -81,7 +89,7 @@ class Outbox:
         self,
         request: str,
         receiver: str,
-        chunks: Iterable[tuple[str, Region, Iterable[tuple[int, int]]]],
+        chunks: Iterable[tuple[str, Region | None, Iterable[tuple[int, int]]]],
         *,
         total: int = 0,
         first: bool = False,
@@ -90,22 +98,48 @@ class Outbox:
     ) -> int:
         """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
         change until `Released` names it. `total` in the first batch is how many chunks the whole request will have. `after` is a point in
-        a CUDA stream before which the bytes are not complete."""
-        parts = [(key, region, list(runs)) for key, region, runs in chunks]
-        sources, kept = ffi.new("kvxfer_chunk_source_t[]", len(parts)), []
-        for source, (key, region, runs) in zip(sources, parts, strict=True):
-            text, packed = ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", runs)
-            kept += [text, packed]
-            source.key, source.region, source.runs, source.run_count = text, region._handle, packed, len(runs)
-        batch = ffi.new("kvxfer_batch_t *")
-        batch.struct_size = ffi.sizeof("kvxfer_batch_t")
-        name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
-        batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)
-        batch.total, batch.first, batch.last = total, first, last
+        a CUDA stream before which the bytes are not complete. A region of None: the chunk is in the place that `place` gave, and its
+        runs are [(0, length)]."""
+        batch, kept = _batch(request, receiver, chunks, total, first, last)
         batch.after = fence_of(after)
         number = ffi.new("uint64_t *")
         check(lib.kvxfer_outbox_put(self._handle, batch, number))
+        del kept
         return int(number[0])
+
+    def place(
+        self,
+        request: str,
+        receiver: str,
+        chunks: Iterable[tuple[str, int]],
+        *,
+        total: int = 0,
+        first: bool = False,
+        last: bool = False,
+        device: int | None = None,
+        patience: float = 0.005,
+    ) -> list[Place | None]:
+        """Asks for chunks of (key, length) to be produced where they are to be: the receiver's pages, as addresses of this process (or
+        of the CUDA device `device`). Fill them, then `put` the same chunks; one that has None here is put from a region.
+
+        Waits for admission at most `patience` seconds; whatever prevents places gives None and loses nothing. Until the `put`, or
+        `give_up`, the places are the caller's, whatever becomes of the request; afterwards nothing may be written there."""
+        batch, kept = _batch(request, receiver, [(key, None, [(0, n)]) for key, n in chunks], total, first, last)
+        places = ffi.new("kvxfer_place_t[]", max(1, batch.count))
+        wait = milliseconds("patience", patience)
+        check(lib.kvxfer_outbox_place(self._handle, batch, -1 if device is None else device, wait, places))
+        del kept
+        found = ((int(ffi.cast("uintptr_t", p.address)), int(p.length)) for p in places[0 : batch.count])
+        return [Place(address, length) if address else None for address, length in found]
+
+    def give_up(self, request: str, after: Fence | None = None) -> bool:
+        """Gives up the places of chunks that are not put after all, and their request, once a CUDA stream has passed `after`. False when
+        it has none."""
+        code = lib.kvxfer_outbox_give_up(self._handle, c_text(request), fence_of(after))
+        if code == lib.KVXFER_NOT_FOUND:
+            return False
+        check(code)
+        return True
 
     def abort(self, request: str, why: int = lib.KVXFER_CANCELLED) -> bool:
         """Gives a request up; False when none of that name is under way."""
@@ -154,3 +188,29 @@ class Outbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _batch(
+    request: str,
+    receiver: str,
+    chunks: Iterable[tuple[str, Region | None, Iterable[tuple[int, int]]]],
+    total: int,
+    first: bool,
+    last: bool,
+) -> tuple[Any, list[Any]]:
+    """The struct, and what must live as long as it is in use."""
+    parts = [(key, region, list(runs)) for key, region, runs in chunks]
+    sources = ffi.new("kvxfer_chunk_source_t[]", len(parts))
+    kept: list[Any] = [sources]
+    for source, (key, region, runs) in zip(sources, parts, strict=True):
+        text, packed = ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", runs)
+        kept += [text, packed]
+        source.key, source.runs, source.run_count = text, packed, len(runs)
+        source.region = ffi.NULL if region is None else region._handle
+    batch = ffi.new("kvxfer_batch_t *")
+    batch.struct_size = ffi.sizeof("kvxfer_batch_t")
+    name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
+    kept += [name, where]
+    batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)
+    batch.total, batch.first, batch.last = total, first, last
+    return batch, kept

@@ -10,7 +10,7 @@ use super::side::SideChannel;
 use super::state::Inner;
 use super::{Access, Peer, PeerState, Region, RemoteRegion, Transfer, TransferOptions, transfer};
 use crate::metrics::PathStats;
-use crate::transport::{Capabilities, Op, PeerInfo, Piece, SegmentDigests, TransportKind};
+use crate::transport::{Capabilities, Mapping, Op, PeerInfo, Piece, SegmentDigests, TransportKind};
 use crate::{Error, Result};
 use kvxfer_proto::wire::{MAX_NOTIFICATION, Message, RegionAdvert};
 use kvxfer_proto::{AgentName, Epoch, ErrorCode, RegionId};
@@ -382,6 +382,30 @@ impl Peer {
     ) -> Option<(TransportKind, Capabilities)> {
         let (path, _) = transfer::pick(&self.inner, &local.inner, &remote.inner, None).ok()?;
         Some((path.candidate.kind, path.caps))
+    }
+    /// The region in this process's address space, where a connected transport has it there: host memory for `None`, else that
+    /// device's.
+    pub(crate) fn map(
+        &self,
+        remote: &RemoteRegion,
+        device: Option<i32>,
+    ) -> Option<(TransportKind, Capabilities, Mapping)> {
+        let remote = &remote.inner;
+        if !remote.writable || remote.revoked.load(Ordering::Acquire) || self.inner.check_up().is_err() {
+            return None;
+        }
+        remote.keys.iter().find_map(|(i, key)| {
+            let path = &self.inner.paths[*i];
+            let mapping = path.link.map(*key)?;
+            let there = mapping.memory.on_device().map(crate::cuda::Device::ordinal);
+            (there == device).then_some((path.candidate.kind, path.caps, mapping))
+        })
+    }
+    /// Counts bytes that reached the peer through a mapping of that transport's.
+    pub(crate) fn count_placed(&self, kind: TransportKind, bytes: u64, took: Duration) {
+        if let Some(path) = self.inner.paths.iter().find(|p| p.candidate.kind == kind) {
+            path.metrics.ended(Op::Write, bytes, took, None);
+        }
     }
     /// Connected transports, best first, each with a description (address, streams, protocol underneath).
     pub fn paths(&self) -> Vec<(TransportKind, String)> {

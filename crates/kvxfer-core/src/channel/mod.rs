@@ -7,6 +7,9 @@
 //!                        └─ Commit (digest) ─────────► check ─► published ─► lookup, acquire ─► engine
 //! ```
 //!
+//! Where the pool is mapped in the sender's process (`shm`, `cuda_ipc`), a chunk's bytes can be produced in its page to begin with ([`Place`]):
+//! then nothing is left to write, and the rest is the same.
+//!
 //! The other way round, a [`Sender`] asks a receiver for published chunks and reads them back from its pages ([`Found`]).
 //!
 //! All decisions are made by the machines of `kvxfer-proto`. What is here carries them out: it feeds them messages, ends of
@@ -17,6 +20,7 @@
 mod anchor;
 mod digest;
 mod outbox;
+mod place;
 mod pool;
 mod query;
 mod receiver;
@@ -29,7 +33,8 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use outbox::{Batch, Outbox, OutboxConfig, OutboxEvent};
+pub use outbox::{Announcement, Batch, Outbox, OutboxConfig, OutboxEvent, Placed};
+pub use place::Place;
 pub use query::{Found, ReadReport};
 pub use receiver::{Chunk, Lookup, PoolStats, Receiver, ReceiverConfig, ReceiverEvent};
 pub use sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};

@@ -3,6 +3,7 @@
 //! A [`Sender`] is a name for a receiver's pool; what happens over one connection to it is a [`Session`]. When the receiver
 //! was restarted the session's requests end with [`ErrorCode::PeerGone`], and the next request opens a new one.
 
+use super::place::Place;
 use super::query::{self, Found};
 use super::session::{Session, failed};
 use super::ticket::Ticket;
@@ -183,6 +184,11 @@ impl Sender {
         self.handle.session.try_lock().is_some_and(|session| session.is_open())
     }
 
+    /// Whether [`Reservation::place`] can have pages: the receiver's pool is mapped in this process, as host memory or as that GPU's.
+    pub fn maps(&self, device: Option<i32>) -> bool {
+        self.handle.session.try_lock().is_some_and(|session| session.maps(device))
+    }
+
     /// The receiver's agent, as last connected.
     pub fn peer(&self) -> Peer {
         self.handle.session.lock().peer().clone()
@@ -232,6 +238,15 @@ impl Reservation {
         plan(&session.layout()?, &[chunk], Striping::NONE)
             .map_err(|e| Error::InvalidArgument { argument: "source", problem: e.to_string() })?;
         session.supply(ticket, i as u32, source)
+    }
+
+    /// The page of chunk `i` in this process's address space, so that its bytes can be produced where they are to be instead of being
+    /// written there: host memory, or with `device` that GPU's. Takes the place of [`Reservation::write`] for the chunk. Waits at most
+    /// `timeout` for the receiver to grant it. `None` when it cannot be had (no page until then, the chunk is there already or coming
+    /// from another request, the pool is not mapped here): write it then.
+    pub fn place(&self, i: usize, device: Option<i32>, timeout: Duration) -> Result<Option<Place>> {
+        let Delivery { session, ticket, .. } = self.inner();
+        session.place(ticket, i as u32, device, Instant::now() + timeout)
     }
 
     /// Names further chunks, at most as many as [`Sender::reserve_more`] announced; `last` says that none will follow, and gives

@@ -5,19 +5,20 @@
 //! `trash`, which the progress thread empties.
 
 use super::anchor::Anchor;
+use super::place::Place;
 use super::sender::{ChunkSource, DeliveryReport, SenderConfig};
 use super::ticket::Ticket;
 use super::worker::Worker;
 use super::write::{How, WriteJob, choose};
 use crate::agent::PeerState;
 use crate::agent::host::{self, Host};
-use crate::transport::TransportKind;
+use crate::transport::{Capabilities, TransportKind};
 use crate::{Agent, Error, Peer, Piece, RemoteRegion, Result, Transfer, TransferOptions};
 use kvxfer_proto::integrity::Binding;
 use kvxfer_proto::layout::Layout;
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::query::Asker;
-use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Write};
+use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Standing, Write};
 use kvxfer_proto::wire::{Check, ChunkSpec, Message, RegionAdvert};
 use kvxfer_proto::{ErrorCode, Integrity, RequestId, Time};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -65,6 +66,8 @@ pub(super) type Trash = Box<dyn Send>;
 struct Request {
     ticket: Arc<Ticket>,
     sources: Vec<Option<Arc<ChunkSource>>>,
+    /// A chunk whose bytes are made in its place, just being looked up, and its write.
+    placing: Option<(u32, Option<Write>)>,
     transfers: HashMap<u32, Transfer>,
     in_flight: u32,
     cancelled: bool,
@@ -201,6 +204,7 @@ impl Session {
         let r = Request {
             ticket: ticket.clone(),
             sources,
+            placing: None,
             transfers: HashMap::new(),
             in_flight: 0,
             cancelled: false,
@@ -250,6 +254,74 @@ impl Session {
         }
         self.carry_out(state);
         Ok(())
+    }
+
+    /// The page of a chunk, when it gets one and this process has it mapped.
+    /// Waits until the receiver has said so, until `deadline`.
+    pub(super) fn place(
+        self: &Arc<Self>,
+        ticket: &Ticket,
+        chunk: u32,
+        device: Option<i32>,
+        deadline: Instant,
+    ) -> Result<Option<Place>> {
+        let (remote, layout, level) = self.pool()?;
+        let Some((kind, caps, mapping)) = self.peer.map(&remote, device) else { return Ok(None) };
+        let Some(spec) = ticket.spec(chunk as usize) else { return Ok(None) };
+        let mut state = self.state.lock();
+        loop {
+            let Some(Ok(a)) = &state.attached else { return Err(ticket.error()) };
+            match a.machine.standing(ticket.serial, chunk) {
+                Standing::HasPage => break,
+                Standing::NoPage => return Ok(None),
+                Standing::Unknown if Instant::now() >= deadline => return Ok(None),
+                Standing::Unknown => self.changed.wait_until(&mut state, deadline),
+            };
+        }
+        let State { attached: Some(Ok(a)), requests, .. } = &mut *state else { return Err(ticket.error()) };
+        let Some(r) = requests.get_mut(&ticket.serial) else { return Err(ticket.error()) };
+        r.placing = Some((chunk, None));
+        a.machine.supply(ticket.serial, chunk)?;
+        self.carry_out(state);
+        let mut state = self.state.lock();
+        let r = state.requests.get_mut(&ticket.serial);
+        let Some((r, (_, Some(write)))) = r.and_then(|r| r.placing.take().map(|p| (r, p))) else {
+            return Err(ticket.error());
+        };
+        r.carried = Some(kind);
+        drop(state);
+        let binding = Binding {
+            request: ticket.request.clone(),
+            key: spec.key,
+            len: spec.len,
+            page: write.page,
+            generation: write.generation,
+        };
+        let offset = layout.offset(write.page).unwrap_or(0);
+        let level = self.level(level, caps, device.is_some());
+        Ok(Some(Place::new(self.clone(), write, binding, kind, mapping, offset, level)))
+    }
+
+    /// Whether pages of the pool are in this process's address space.
+    pub(super) fn maps(&self, device: Option<i32>) -> bool {
+        self.pool().is_ok_and(|(remote, ..)| self.peer.map(&remote, device).is_some())
+    }
+
+    /// The level of checking of a write: the configured one, or the pool's raised to what the transport needs.
+    fn level(&self, level: Integrity, caps: Capabilities, device: bool) -> Integrity {
+        // Every byte of a device's memory is read back through the host: only where the path does not check them and somebody wants it.
+        let floor = if device && !caps.verifies_arrival { Integrity::Bound } else { caps.default_integrity };
+        self.integrity.unwrap_or(level.max(floor))
+    }
+
+    /// Bytes of a chunk were made in its place and are complete.
+    pub(super) fn count_placed(&self, kind: TransportKind, bytes: u64, took: Duration) {
+        self.peer.count_placed(kind, bytes, took);
+    }
+
+    /// The thread for what takes long.
+    pub(super) fn aside(&self, f: impl FnOnce() + Send + 'static) -> Result<()> {
+        self.hasher.run(f)
     }
 
     pub(super) fn abort(&self, ticket: &Ticket, why: ErrorCode) {
@@ -355,7 +427,10 @@ impl Session {
                 Output::Write(write) => {
                     if let Some(r) = requests.get_mut(&write.serial) {
                         r.in_flight += 1;
-                        todo.writes.push(write);
+                        match &mut r.placing {
+                            Some((chunk, place @ None)) if *chunk == write.chunk => *place = Some(write),
+                            _ => todo.writes.push(write),
+                        }
                     }
                 }
                 Output::Cancel { serial } => {
@@ -450,7 +525,15 @@ impl Session {
                 return Err(gone());
             };
             let i = write.chunk as usize;
-            let source = r.sources[i].clone().filter(|_| !r.cancelled).ok_or_else(gone)?;
+            if r.cancelled {
+                return Err(gone());
+            }
+            let source = r.sources[i].clone().ok_or_else(|| {
+                Error::failed(
+                    ErrorCode::Corrupt,
+                    "the bytes were made in the receiver's page and are damaged there",
+                )
+            })?;
             let spec = r.ticket.spec(i).ok_or_else(gone)?;
             let binding = Binding {
                 request: r.ticket.request.clone(),
@@ -480,10 +563,8 @@ impl Session {
                 format!("no transport carries the chunk from this memory to the pool; connected: {paths:?}"),
             )
         })?;
-        // Every byte of a device's memory is read back through the host: only where the path does not check them and somebody wants it.
         let device = source.region.memory().is_device();
-        let floor = if device && !caps.verifies_arrival { Integrity::Bound } else { caps.default_integrity };
-        let level = self.integrity.unwrap_or(level.max(floor));
+        let level = self.level(level, caps, device);
         let base = layout.offset(write.page).unwrap_or(0);
         let (how, on_the_way) = choose(level, caps, device, base, binding.len);
         let digests = if let How::Fused(d) = &how { Some(d.clone()) } else { None };

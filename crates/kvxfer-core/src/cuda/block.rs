@@ -3,11 +3,12 @@
 use super::device::Device;
 use super::driver::{self, check, check_drop};
 use super::engine::Engine;
+use super::ipc::Opened;
 use super::stream::Stream;
 use super::vmm::Mapped;
 use crate::{Error, Result};
 use cudarc::driver::sys::{self, CUpointer_attribute as A, CUresult};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// A range of a device's memory.
 #[derive(Debug)]
@@ -28,6 +29,8 @@ enum Owner {
     Shareable(Mapped),
     /// Somebody else frees it.
     Foreign,
+    /// Part of another process's allocation, mapped here as long as this lives.
+    Opened(#[expect(dead_code, reason = "held for its drop")] Arc<Opened>),
 }
 
 /// Host memory registered with the driver until this is dropped: copies from and to it need no bounce buffer and do not block.
@@ -118,6 +121,18 @@ impl Block {
             known = next.end();
         }
         Ok(Self { device, base, len, stream: OnceLock::new(), owner: Owner::Foreign })
+    }
+
+    /// `len` bytes from `offset` on of what another process has shared; `None` beyond its end.
+    pub(crate) fn opened(opened: &Arc<Opened>, offset: u64, len: usize) -> Option<Self> {
+        let inside = offset <= opened.size() && len as u64 <= opened.size() - offset;
+        inside.then(|| Self {
+            device: opened.device().clone(),
+            base: opened.base() + offset,
+            len,
+            stream: OnceLock::new(),
+            owner: Owner::Opened(opened.clone()),
+        })
     }
 
     pub(crate) fn device(&self) -> &Device {

@@ -43,6 +43,7 @@ pub(crate) enum Way {
 }
 
 /// An allocation of another process, mapped here.
+#[derive(Debug)]
 pub(crate) struct Opened {
     device: Device,
     base: u64,

@@ -36,6 +36,16 @@ impl Memory {
         Self::from_block(block, len, MemoryKind::ForeignDevice)
     }
 
+    /// Part of another process's device memory, mapped here.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn device_opened(
+        opened: &Arc<crate::cuda::Opened>,
+        offset: u64,
+        len: usize,
+    ) -> Option<Arc<Self>> {
+        Self::from_block(Block::opened(opened, offset, len)?, len, MemoryKind::ForeignDevice).ok()
+    }
+
     fn from_block(block: Block, len: usize, kind: MemoryKind) -> Result<Arc<Self>> {
         let base = NonNull::new(block.base() as *mut u8).ok_or_else(|| Error::InvalidArgument {
             argument: "device pointer",

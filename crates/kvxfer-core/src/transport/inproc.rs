@@ -6,7 +6,8 @@
 
 use super::mover::{Carrier, Lane, Mover, Report, Slice};
 use super::{
-    Capabilities, Job, Link, LocalTicket, PeerInfo, RemoteKey, RemoteTicket, Transport, TransportKind,
+    Capabilities, Job, Link, LocalTicket, Mapping, PeerInfo, RemoteKey, RemoteTicket, Transport,
+    TransportKind,
 };
 use crate::config::AgentConfig;
 use crate::{Error, Memory, Result, copy};
@@ -155,6 +156,13 @@ impl Link for InprocLink {
 
     fn forget(&self, key: RemoteKey) {
         self.imports.lock().regions.remove(&key);
+    }
+
+    fn map(&self, key: RemoteKey) -> Option<Mapping> {
+        let held = self.lane.hold()?;
+        let (region, len) = self.imports.lock().regions.get(&key).copied()?;
+        let memory = self.memory(region).ok().filter(|m| m.len() as u64 == len && !m.is_device())?;
+        Some(Mapping { memory, held: Some(Arc::new(held)) })
     }
 
     fn submit(&self, job: Job) -> Result<()> {

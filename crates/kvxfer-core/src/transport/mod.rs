@@ -273,6 +273,11 @@ pub trait Link: Send + Sync + 'static {
     fn carries(&self, _region: RegionId, _local: &Memory, _remote: RemoteKey) -> bool {
         true
     }
+    /// The peer's region in this process's address space, where this link has it there: what is written to it is written to the peer.
+    /// As long as the mapping lives it counts as a job under way ([`Link::fenced`] at the peer's end). `None`: bytes go by jobs only.
+    fn map(&self, _remote: RemoteKey) -> Option<Mapping> {
+        None
+    }
     /// Starts a job; never blocks. Errors before anything moved are returned, later ones go to the tracker.
     /// A job that is finished on return has cost no thread switch.
     fn submit(&self, job: Job) -> Result<()>;
@@ -292,6 +297,15 @@ pub trait Link: Send + Sync + 'static {
     }
     /// For reports: address, protocol under it, stream count, … A `nixl` link that runs over RDMA says `rdma` in it.
     fn describe(&self) -> String;
+}
+
+/// A peer's region, mapped here by a link.
+#[derive(Clone)]
+pub struct Mapping {
+    /// Where it is; its length is the region's.
+    pub memory: std::sync::Arc<crate::Memory>,
+    /// What the link wants to know alive meanwhile.
+    pub held: Option<std::sync::Arc<dyn std::any::Any + Send + Sync>>,
 }
 
 fn not_imported(key: RemoteKey) -> crate::Error {

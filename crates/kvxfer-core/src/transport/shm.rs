@@ -11,7 +11,8 @@
 use super::mover::{Carrier, Lane, Mover, Report, Slice};
 use super::process::{Card, PeerProcess};
 use super::{
-    Capabilities, Job, Link, LocalTicket, PeerInfo, RemoteKey, RemoteTicket, Transport, TransportKind,
+    Capabilities, Job, Link, LocalTicket, Mapping, PeerInfo, RemoteKey, RemoteTicket, Transport,
+    TransportKind,
 };
 use crate::config::AgentConfig;
 use crate::memory::{MemoryKind, Paging};
@@ -183,6 +184,12 @@ impl Link for ShmLink {
         drop(imports);
         // Unmapping a large pool takes time; not under the lock. Jobs under way hold the mapping.
         drop(gone);
+    }
+
+    /// The peer reuses nothing of it before this process has ended or has said that nothing is under way, so nobody need be held.
+    fn map(&self, key: RemoteKey) -> Option<Mapping> {
+        let memory = Arc::clone(&self.imports.lock().mapped.get(&key)?.carrier.0);
+        Some(Mapping { memory, held: None })
     }
 
     fn submit(&self, job: Job) -> Result<()> {

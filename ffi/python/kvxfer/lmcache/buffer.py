@@ -19,7 +19,10 @@ from lmcache.v1.memory_management import (
     TensorMemoryObj,
 )
 
+from kvxfer.agent import Agent
 from kvxfer.channel import Chunk
+from kvxfer.lmcache import settings
+from kvxfer.region import Region
 
 # A page that is being sent comes back within this, unless its request waits for the decoder.
 _MOMENT_S = 0.05
@@ -28,6 +31,20 @@ _MOMENT_S = 0.05
 def tensor_over(address: int, length: int) -> torch.Tensor:
     """The bytes as a flat tensor; whoever owns the memory outlives it."""
     return torch.frombuffer((ctypes.c_uint8 * length).from_address(address), dtype=torch.uint8)
+
+
+def gpu_buffer(c: settings.PdConfig) -> torch.Tensor:
+    """The buffer on a GPU: LMCache's own way of allocating it, so that its kernels and torch know it."""
+    return torch.empty(c.buffer_bytes, dtype=torch.uint8, device=c.device)
+
+
+def buffer_of(agent: Agent, c: settings.PdConfig) -> tuple[Region, torch.Tensor]:
+    """The prefiller's pages: shareable host memory, or a GPU's."""
+    if c.device != "cpu":
+        tensor = gpu_buffer(c)
+        return agent.register(tensor), tensor
+    region = agent.allocate(c.buffer_bytes)
+    return region, tensor_over(region.address, c.buffer_bytes)
 
 
 def valid_bytes(memory_object: MemoryObj) -> int:

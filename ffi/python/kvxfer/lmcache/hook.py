@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
 import logging
 import sys
 import threading
@@ -215,8 +216,10 @@ def _our_backend(engine):
 
 
 def add_to_store(module) -> None:
-    """A store that goes nowhere is not begun (no pages, no copy); one that does is timed, so that what is logged is true."""
+    """A store that goes nowhere is not begun (no pages, no copy); one that does is timed, so that what is logged is true, and its
+    chunks are known to our backend before LMCache allocates memory for them."""
     original = module.LMCacheEngine.store
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def store(self, *args, **kwargs):
@@ -235,8 +238,20 @@ def add_to_store(module) -> None:
             kwargs["offset"] = max(done, kwargs.get("offset") or 0)
         # On a GPU the pages are filled on this stream, and nobody waits for it.
         stream = getattr(getattr(self, "gpu_connector", None), "store_stream", None)
-        with backend.storing(request, spec, stream):
-            return original(self, *args, **kwargs)
+        database, known = self.token_database, None
+        if backend.places_chunks and self.is_healthy() and not self._is_passive() and not self.is_frozen():
+            from kvxfer.lmcache.placing import KnownChunks
+
+            named = signature.bind(self, *args, **kwargs).arguments
+            of = [named.get(name) for name in ("tokens", "hashes", "offsets", "mask")]
+            settings = kwargs.get("request_configs")
+            known = KnownChunks(database, database.process_tokens(*of, request_configs=settings))
+            self.token_database = known
+        try:
+            with backend.storing(request, spec, stream, known):
+                return original(self, *args, **kwargs)
+        finally:
+            self.token_database = database
 
     module.LMCacheEngine.store = store
 

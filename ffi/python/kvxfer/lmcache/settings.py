@@ -33,6 +33,10 @@ class PdSettings:
     """`off`, `bound` or `full`; by transport when not stated."""
     query_timeout: float = 2.0
     """How long a decoder's answer to what it has is waited for, connecting included: the engine waits meanwhile."""
+    in_place: bool = True
+    """Chunks are gathered straight into the decoder's pages where its pool is mapped in the prefiller's process."""
+    in_place_patience: float = 0.005
+    """How long a store waits for such pages before it gathers into its own; the engine waits meanwhile."""
     wait_for_arrival: bool = False
     """A store returns when the cache has arrived, for proxies that take the prefiller's answer as that."""
 

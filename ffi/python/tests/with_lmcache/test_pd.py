@@ -188,6 +188,73 @@ def test_two_requests_share_a_prefix(decoder, prefiller, ports):
     assert decoder.ask("stats").free_pages == PAGES
 
 
+def store(backend, seeds, to, last_tokens=CHUNK):
+    """As LMCache's cache engine does it: the chunks are known, allocated, filled, put. Which of them lay at the decoder, and the future."""
+    from kvxfer.lmcache.placing import KnownChunks, is_placed
+
+    lengths = [CHUNK] * (len(seeds) - 1) + [last_tokens]
+    known = KnownChunks(None, [(CHUNK * i, CHUNK * i + lengths[i], key(seed)) for i, seed in enumerate(seeds)])
+    with backend.storing(None, to, None, known):
+        objects = chunks(backend, seeds, last_tokens)
+        placed = [is_placed(memory_object) for memory_object in objects]
+        (future,) = backend.batched_submit_put_task([key(s) for s in seeds], objects, transfer_spec=to)
+        for memory_object in objects:
+            memory_object.ref_count_down()
+    return placed, future
+
+
+def test_chunks_are_gathered_into_the_decoders_own_pages(decoder, prefiller, ports):
+    backend = prefiller(pd={"in_place_patience": SOON})
+    placed, future = store(backend, [1, 2], spec(ports[0], "a"))
+    assert (placed, future.result(SOON)) == ([False, False], 2), "nobody was connected"
+    # In two steps, the last chunk a short one; what is there already is not gathered there again.
+    first, _ = store(backend, [1, 3], spec(ports[0], "b", last=False, total=4))
+    second, future = store(backend, [4, 5], spec(ports[0], "b", before=2 * CHUNK), last_tokens=5)
+    assert (first, second) == ([False, True], [True, True])
+    assert future.result(SOON) == 4
+    assert all(decoder.ask("take", n, CHUNK) for n in (1, 2, 1, 3, 4)) and decoder.ask("take", 5, 5)
+    decoder.until(lambda s: s.free_pages == PAGES, "all taken")
+    staging_is_free(backend)
+
+
+def test_a_store_that_ends_early_gives_its_pages_back(decoder, prefiller, ports):
+    from kvxfer.lmcache.placing import KnownChunks
+
+    backend = prefiller(pd={"in_place_patience": SOON})
+    store(backend, [1], spec(ports[0], "a"))[1].result(SOON)
+    to = spec(ports[0], "b")
+    known = KnownChunks(None, [(CHUNK * i, CHUNK * i + CHUNK, key(i)) for i in range(2, 5)])
+    with pytest.raises(RuntimeError, match="in the middle"), backend.storing("vllm-b", to, None, known):
+        memory_object = backend.allocate(torch.Size(content(2).shape), torch.bfloat16)
+        fill(memory_object, 2)
+        raise RuntimeError("in the middle")
+    decoder.until(lambda s: s.free_pages == PAGES - 1, "given up")
+    assert decoder.ask("contains", [2]) == 0
+    # One chunk fewer than was named.
+    with backend.storing("vllm-b", to, None, known):
+        objects = chunks(backend, [2, 3])
+        assert backend.batched_submit_put_task([key(2), key(3)], objects, transfer_spec=to) is None
+    decoder.until(lambda s: s.free_pages == PAGES - 1, "given up")
+    placed, future = store(backend, [2, 3, 4], to)
+    assert (placed, future.result(SOON)) == ([True] * 3, 3)
+    assert all(decoder.ask("take", n, CHUNK) for n in (2, 3, 4))
+
+
+def test_a_decoder_without_a_page_to_give_is_written_to_later(decoder, prefiller, ports):
+    backend, other = prefiller(pd={"in_place_patience": 0.05}), prefiller(pd={"in_place_patience": 0.05})
+    store(backend, [1], spec(ports[0], "a"))[1].result(SOON)
+    whole, future = store(backend, list(range(10, 10 + PAGES - 1)), spec(ports[0], "b"))
+    assert whole == [True] * (PAGES - 1)
+    future.result(SOON)
+    waits, future = store(backend, [30, 31], spec(ports[0], "c"))
+    assert waits == [False, False]
+    assert all(decoder.ask("take", n, CHUNK) for n in range(10, 10 + PAGES - 1))
+    assert future.result(SOON) == 2
+    assert all(decoder.ask("take", n, CHUNK) for n in (30, 31))
+    off = prefiller(pd={"in_place": False})
+    assert not off.places_chunks and backend.places_chunks and other.places_chunks
+
+
 def test_what_vllm_had_already_is_given_back_by_unpin(decoder, prefiller, ports):
     put(prefiller(), [1, 2, 3], spec(ports[0], "a")).result(SOON)
     assert decoder.ask("contains", [1, 2, 3]) == 3
@@ -308,6 +375,7 @@ def test_another_hash_seed_is_reported_as_what_it_is(prefiller, ports, theirs):
         ({"pd_max_prefill_len": PAGES * CHUNK + 1}, "pd_max_prefill_len"),
         ({"extra_config": {"kvxfer": {"pd": {"patience": -1}}}}, "patience"),
         ({"extra_config": {"kvxfer": {"pd": {"patients": 1}}}}, "patients"),
+        ({"extra_config": {"kvxfer": {"pd": {"in_place": 1}}}}, "in_place"),
         ({"extra_config": {"kvxfer": []}}, "not a mapping"),
         ({"pd_skip_proxy_notification": False}, "pd_proxy_host"),
     ],

@@ -6,7 +6,7 @@ use super::target::{self, Held, Pool, Target};
 use super::ticket::{Read, What};
 use super::{PeerProcess, TABLE};
 use crate::cuda::{Device, Engine, Export, Opened, Way};
-use crate::transport::{Job, Link, PeerInfo, RemoteKey, RemoteTicket, not_imported};
+use crate::transport::{Job, Link, Mapping, PeerInfo, RemoteKey, RemoteTicket, not_imported};
 use crate::{Error, Memory, Result};
 use kvxfer_proto::{ErrorCode, RegionId, TransferId};
 use parking_lot::Mutex;
@@ -96,7 +96,7 @@ impl CudaLink {
                         ),
                     ));
                 }
-                Ok(Target::Opened { opened, offset: export.offset })
+                Ok(Target::Opened { opened, offset: export.offset, len })
             }
             What::Private => Err(Error::failed(
                 ErrorCode::Unsupported,
@@ -114,7 +114,9 @@ impl CudaLink {
 /// Both sides ready for a device: at once where nothing must be pinned, else by a thread of its own.
 fn prepare(target: &Arc<Target>, local: &Arc<Memory>) -> Result<Ready> {
     let held = match &**target {
-        Target::Opened { opened, offset } => Some(Held::Opened { opened: opened.clone(), offset: *offset }),
+        Target::Opened { opened, offset, .. } => {
+            Some(Held::Opened { opened: opened.clone(), offset: *offset })
+        }
         Target::Here { owner, region, .. } => Some(Held::Memory(target::here(*owner, *region)?)),
         Target::Pool(pool) => pool.ready().map(Held::Memory),
     };
@@ -176,6 +178,15 @@ impl Link for CudaLink {
 
     fn carries(&self, _region: RegionId, local: &Memory, remote: RemoteKey) -> bool {
         local.is_device() || self.target(remote).is_some_and(|t| t.device().is_some())
+    }
+
+    /// Another process's device memory only: kernels here write to it, and the peer waits for this process to end before it reuses any
+    /// of it after a lost connection.
+    fn map(&self, key: RemoteKey) -> Option<Mapping> {
+        let target = self.target(key)?;
+        let Target::Opened { opened, offset, len } = &*target else { return None };
+        let memory = Memory::device_opened(opened, *offset, usize::try_from(*len).ok()?)?;
+        Some(Mapping { memory, held: None })
     }
 
     fn submit(&self, job: Job) -> Result<()> {

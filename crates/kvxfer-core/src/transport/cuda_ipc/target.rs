@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 /// An imported region.
 pub(super) enum Target {
     /// Device memory of another process.
-    Opened { opened: Arc<Opened>, offset: u64 },
+    Opened { opened: Arc<Opened>, offset: u64, len: u64 },
     /// A region of this very process; its owner may drop it at any time.
     Here { owner: u64, region: RegionId, device: Option<Device> },
     /// A host pool of another process, mapped and pinned when a device first wants it.

@@ -62,7 +62,7 @@ struct LaneQueue {
     fifo: VecDeque<Arc<Task>>,
     /// Jobs not finished.
     tasks: HashMap<TransferId, Arc<Task>>,
-    /// Jobs being moved within submit.
+    /// Jobs being moved within submit, and holds.
     inline: usize,
     closed: bool,
 }
@@ -195,16 +195,22 @@ impl Lane {
         queue.lanes.get(&self.id).is_none_or(|l| l.closed && l.tasks.is_empty() && l.inline == 0)
     }
 
+    /// Keeps the lane from being quiet while somebody writes to the remote side by himself. `None` when it is closed.
+    pub(crate) fn hold(&self) -> Option<Hold> {
+        self.enter().ok()
+    }
+
     fn task(&self, transfer: TransferId) -> Option<Arc<Task>> {
         self.shared.queue.lock().lanes.get(&self.id)?.tasks.get(&transfer).cloned()
     }
 
-    fn enter(&self) -> Result<Leave<'_>> {
+    /// Counts one in that is not a task.
+    fn enter(&self) -> Result<Hold> {
         let mut queue = self.shared.queue.lock();
         let shut = queue.shut;
         let lane = queue.lanes.get_mut(&self.id).filter(|l| !l.closed && !shut).ok_or_else(closed)?;
         lane.inline += 1;
-        Ok(Leave(self))
+        Ok(Hold { shared: Arc::clone(&self.shared), id: self.id })
     }
 }
 
@@ -221,12 +227,15 @@ impl Drop for Lane {
     }
 }
 
-/// Counts an inline job out, also when a completion hook panics.
-struct Leave<'a>(&'a Lane);
+/// Counts out what [`Lane::enter`] counted in, also when a completion hook panics.
+pub(crate) struct Hold {
+    shared: Arc<Shared>,
+    id: u64,
+}
 
-impl Drop for Leave<'_> {
+impl Drop for Hold {
     fn drop(&mut self) {
-        if let Some(lane) = self.0.shared.queue.lock().lanes.get_mut(&self.0.id) {
+        if let Some(lane) = self.shared.queue.lock().lanes.get_mut(&self.id) {
             lane.inline -= 1;
         }
     }

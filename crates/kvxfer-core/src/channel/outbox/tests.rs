@@ -35,13 +35,13 @@ fn key(n: u32) -> ChunkKey {
     ChunkKey::new(format!("k{n}")).expect("valid")
 }
 
-fn chunks(agent: &Agent, numbers: std::ops::Range<u32>) -> Vec<(ChunkSpec, ChunkSource)> {
+fn chunks(agent: &Agent, numbers: std::ops::Range<u32>) -> Vec<(ChunkSpec, Option<ChunkSource>)> {
     numbers
         .map(|n| {
             let memory = Memory::anonymous(PAGE as usize).expect("memory");
             memory.write_at(0, &vec![n as u8 + 1; PAGE as usize]).expect("inside");
             let source = ChunkSource::new(agent.register(memory).expect("registered"), vec![(0, PAGE)]);
-            (ChunkSpec { key: key(n), len: PAGE }, source)
+            (ChunkSpec { key: key(n), len: PAGE }, Some(source))
         })
         .collect()
 }
@@ -55,7 +55,7 @@ fn batch(
 ) -> Batch {
     let (total, first, last) = rest;
     let chunks = chunks(agent, numbers);
-    Batch { request: id(request), receiver: to.into(), first, total, last, chunks }
+    Batch { request: id(request), receiver: to.into(), first, total, last, chunks, after: None }
 }
 
 /// What came until `ends` requests had ended and `batches` were released.
@@ -217,4 +217,215 @@ fn what_is_wrong_with_a_batch_is_said_at_once() {
     outbox.put(batch(&from, "r", "tcp://127.0.0.1:1", 0..1, (2, true, false))).expect("taken");
     let elsewhere = batch(&from, "r", "tcp://127.0.0.1:2", 1..2, (0, false, true));
     assert_eq!(outbox.put(elsewhere).expect_err("refused").code(), ErrorCode::InvalidArgument);
+}
+
+// ---- places ----
+
+/// An announcement of chunks like those of `batch`.
+fn announced(
+    request: &str,
+    to: &str,
+    numbers: std::ops::Range<u32>,
+    rest: (u32, bool, bool),
+) -> Announcement {
+    let (total, first, last) = rest;
+    let chunks = numbers.map(|n| ChunkSpec { key: key(n), len: PAGE }).collect();
+    Announcement { request: id(request), receiver: to.into(), first, total, last, chunks }
+}
+
+/// The batch of an announcement whose chunks all have places.
+fn in_place(announced: &Announcement) -> Batch {
+    let Announcement { request, receiver, first, total, last, chunks } = announced;
+    Batch {
+        request: request.clone(),
+        receiver: receiver.clone(),
+        first: *first,
+        total: *total,
+        last: *last,
+        chunks: chunks.iter().map(|c| (c.clone(), None)).collect(),
+        after: None,
+    }
+}
+
+fn again(a: &Announcement) -> Announcement {
+    Announcement { request: a.request.clone(), receiver: a.receiver.clone(), chunks: a.chunks.clone(), ..*a }
+}
+
+fn fill(place: &Placed, byte: u8) {
+    place.memory.write_at(place.offset, &vec![byte; place.len as usize]).expect("inside");
+}
+
+fn bytes_of(receiver: &Receiver, n: u32) -> Vec<u8> {
+    let chunk = receiver.acquire(&key(n)).expect("published");
+    let mut bytes = vec![0; PAGE as usize];
+    receiver.memory().read_at(chunk.offset(), &mut bytes).expect("inside");
+    bytes
+}
+
+/// Two agents, a pool, and an outbox that has sent one chunk (number 99) to it and so is connected.
+fn connected(pages: u32, timeout: Duration) -> (Agent, Agent, Receiver, Outbox, String) {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let receiver = pool(&to, pages);
+    let sender = SenderConfig { geometry: geometry(), request_timeout: timeout, ..SenderConfig::default() };
+    let outbox = Outbox::new(&from, OutboxConfig { sender, patience: SOON, proxy: None }).expect("an outbox");
+    let address = to.addresses()[0].clone();
+    outbox.put(batch(&from, "warm", &address, 99..100, (1, true, true))).expect("taken");
+    collect(&outbox, 1, 1).0[0].1.as_ref().expect("delivered");
+    (to, from, receiver, outbox, address)
+}
+
+fn until(what: impl Fn() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !what() {
+        assert!(Instant::now() < deadline, "it never came true");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn bytes_produced_in_their_places_need_no_transfer() {
+    let (_to, from, receiver, outbox, address) = connected(8, SOON);
+    let steps =
+        [announced("r", &address, 0..2, (5, true, false)), announced("r", &address, 2..5, (0, false, true))];
+    for step in &steps {
+        let places = outbox.place(again(step), None, SOON).expect("asked");
+        let first = step.chunks[0].key.clone();
+        for (i, place) in places.iter().enumerate() {
+            let n = if first == key(0) { i } else { i + 2 };
+            fill(place.as_ref().expect("a place"), n as u8 + 1);
+        }
+        assert_eq!(receiver.lookup(&first), Lookup::Pending, "not published before it is put");
+        outbox.put(in_place(step)).expect("taken");
+    }
+    let (ended, released) = collect(&outbox, 1, 2);
+    let report = ended[0].1.as_ref().expect("delivered");
+    assert_eq!((report.written, report.bytes, report.transport), (5, 5 * PAGE, TransportKind::Inproc));
+    assert_eq!(released.len(), 2);
+    for n in 0..5 {
+        assert_eq!(bytes_of(&receiver, n), vec![n as u8 + 1; PAGE as usize], "chunk {n}");
+    }
+    drop(from);
+}
+
+#[test]
+fn what_is_there_already_has_no_place_and_is_put_from_memory() {
+    let (_to, from, receiver, outbox, address) = connected(8, SOON);
+    outbox.put(batch(&from, "a", &address, 0..1, (1, true, true))).expect("taken");
+    collect(&outbox, 1, 1);
+    let b = announced("b", &address, 0..2, (2, true, true));
+    let places = outbox.place(again(&b), None, SOON).expect("asked");
+    assert!(places[0].is_none());
+    fill(places[1].as_ref().expect("a place"), 7);
+    let mut put = in_place(&b);
+    put.chunks[0].1 = chunks(&from, 0..1).remove(0).1;
+    outbox.put(put).expect("taken");
+    let report = collect(&outbox, 1, 1).0.remove(0).1.expect("delivered");
+    assert_eq!((report.written, report.present), (1, 1));
+    assert_eq!(bytes_of(&receiver, 1), vec![7; PAGE as usize]);
+}
+
+#[test]
+fn without_a_connection_or_a_page_there_are_no_places_and_nothing_is_lost() {
+    let (to, from) = (agent("d", "tcp://127.0.0.1:0"), agent("p", "tcp://127.0.0.1:0"));
+    let receiver = pool(&to, 2);
+    let outbox = outbox(&from, SOON);
+    let address = to.addresses()[0].clone();
+    let moment = Duration::from_millis(20);
+    // Not connected yet.
+    let a = announced("a", &address, 0..1, (2, true, false));
+    assert!(outbox.place(a, None, moment).expect("asked")[0].is_none());
+    outbox.put(batch(&from, "a", &address, 0..1, (2, true, false))).expect("taken");
+    assert!(matches!(outbox.next_event(SOON), Some(OutboxEvent::Released { .. })), "written");
+    // Another device's memory is not what this pool is.
+    let b = announced("b", &address, 10..11, (1, true, true));
+    assert!(outbox.place(again(&b), Some(0), moment).expect("asked")[0].is_none());
+    // Both pages are the first request's.
+    assert!(outbox.place(again(&b), None, moment).expect("asked")[0].is_none());
+    outbox.put(batch(&from, "b", &address, 10..11, (1, true, true))).expect("taken");
+    outbox.put(batch(&from, "a", &address, 1..2, (0, false, true))).expect("taken");
+    let until_admitted = collect(&outbox, 1, 1).0;
+    assert_eq!(until_admitted[0].0, "a");
+    for n in 0..2 {
+        assert!(receiver.remove(&key(n)));
+    }
+    let (ended, _) = collect(&outbox, 1, 1);
+    assert_eq!((ended[0].0.as_str(), ended[0].1.as_ref().expect("delivered").written), ("b", 1));
+}
+
+#[test]
+fn a_page_belongs_to_whoever_fills_it_also_when_its_request_has_failed() {
+    let (_to, from, receiver, outbox, address) = connected(2, Duration::from_millis(400));
+    assert!(receiver.remove(&key(99)));
+    let a = announced("a", &address, 0..2, (2, true, true));
+    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    assert!(places.iter().all(Option::is_some));
+    let (ended, _) = collect(&outbox, 1, 0);
+    assert_eq!(ended[0].1.as_ref().expect_err("not put in time").code(), ErrorCode::TimedOut);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(receiver.stats().free, 0, "somebody may be writing there: {:?}", receiver.stats());
+    for place in places.iter().flatten() {
+        fill(place, 1);
+    }
+    outbox.put(in_place(&a)).expect("taken, and let go of");
+    until(|| receiver.stats().free == 2);
+    assert_eq!(receiver.lookup(&key(0)), Lookup::Absent);
+    drop(from);
+}
+
+#[test]
+fn places_given_up_end_their_request_and_give_the_pages_back() {
+    let (_to, _from, receiver, outbox, address) = connected(4, SOON);
+    let a = announced("a", &address, 0..2, (3, true, false));
+    assert!(outbox.place(again(&a), None, SOON).expect("asked").iter().all(Option::is_some));
+    let twice = outbox.place(again(&a), None, SOON).expect_err("they have places");
+    assert_eq!(twice.code(), ErrorCode::Busy);
+    assert!(outbox.give_up(&id("a"), None));
+    assert!(!outbox.give_up(&id("a"), None), "once");
+    let (ended, _) = collect(&outbox, 1, 0);
+    assert_eq!(ended[0].1.as_ref().expect_err("given up").code(), ErrorCode::Cancelled);
+    until(|| receiver.stats().free == 3);
+}
+
+#[test]
+fn a_batch_that_is_not_what_was_announced_fails_its_request() {
+    let (_to, from, receiver, outbox, address) = connected(4, SOON);
+    let a = announced("a", &address, 0..2, (2, true, true));
+    for wrong in ["fewer", "source", "neither"] {
+        outbox.place(again(&a), None, SOON).expect("asked");
+        let mut put = in_place(&a);
+        match wrong {
+            "fewer" => drop(put.chunks.pop()),
+            "source" => put.chunks[1].1 = chunks(&from, 1..2).remove(0).1,
+            _ => {
+                // No place was ever asked for.
+                outbox.give_up(&id("a"), None);
+            }
+        }
+        assert_eq!(outbox.put(put).expect_err(wrong).code(), ErrorCode::InvalidArgument, "{wrong}");
+        assert!(collect(&outbox, 1, 0).0[0].1.is_err(), "{wrong}");
+        until(|| receiver.stats().free == 3);
+    }
+}
+
+#[test]
+fn an_outbox_that_closes_leaves_places_to_their_owner() {
+    let (_to, _from, receiver, outbox, address) = connected(2, SOON);
+    let a = announced("a", &address, 0..1, (1, true, true));
+    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    outbox.close(SOON).expect("closed");
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(receiver.stats().free, 0, "{:?}", receiver.stats());
+    fill(places[0].as_ref().expect("a place"), 1);
+    assert!(outbox.give_up(&id("a"), None));
+    until(|| receiver.stats().free == 1);
+}
+
+#[test]
+fn places_that_nobody_puts_end_with_the_outbox() {
+    let (_to, _from, receiver, outbox, address) = connected(2, SOON);
+    let a = announced("a", &address, 0..1, (1, true, true));
+    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    assert!(places[0].is_some());
+    drop((outbox, places));
+    until(|| receiver.stats().free == 1);
 }

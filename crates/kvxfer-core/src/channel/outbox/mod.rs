@@ -10,10 +10,18 @@
 //! for with its first batch (`total`); later batches name further chunks. A batch is released when nothing reads its bytes any more,
 //! however its request ends. Every request ends, by its deadline at the latest, and its end goes to the proxy, good or bad.
 //!
+//! Where a receiver's pool is mapped in this process, the engine can have the pages first ([`Outbox::place`]), fill them, and put the batch
+//! then: its bytes are where they belong. Anything that stands in the way of that (not connected, not admitted soon, another transport)
+//! is no failure: what has no place is put from the engine's own memory.
+//!
 //! Memory for batches is the engine's, and it is short: a request that waits for pages at its receiver keeps memory that the next
 //! step of an admitted one may need, while the pages it waits for are that one's. [`Outbox::shed`] breaks such a circle.
 
+mod place;
+
+use super::place::Place;
 use super::sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};
+use crate::cuda::Fence;
 use crate::notify::Notifier;
 use crate::{Agent, Error, Result};
 use crossbeam::channel as queue;
@@ -26,6 +34,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use place::Named;
+pub use place::{Announcement, Placed};
 
 /// Pause between two attempts to reach a receiver.
 const RETRY: Duration = Duration::from_millis(50);
@@ -55,8 +66,11 @@ pub struct Batch {
     pub total: u32,
     /// No further batch follows.
     pub last: bool,
-    /// The chunks and their bytes, which must stay as they are until the batch is released.
-    pub chunks: Vec<(ChunkSpec, ChunkSource)>,
+    /// The chunks and their bytes, which must stay as they are until the batch is released. `None`: in the place that
+    /// [`Outbox::place`] gave.
+    pub chunks: Vec<(ChunkSpec, Option<ChunkSource>)>,
+    /// All of them are complete at this point of a CUDA stream; not read before.
+    pub after: Option<Fence>,
 }
 
 /// What happens; see [`Outbox::next_event`].
@@ -80,7 +94,7 @@ pub enum OutboxEvent {
     },
 }
 
-/// Sends requests. Dropping it gives up what is under way.
+/// Sends requests. Dropping it gives up what is under way, places included: nobody may be writing to those then.
 pub struct Outbox {
     shared: Arc<Shared>,
 }
@@ -98,6 +112,9 @@ struct Shared {
 #[derive(Default)]
 struct State {
     requests: HashMap<RequestId, Arc<Request>>,
+    /// Chunks named ahead of their batches, by request. Their places are the engine's until it has put or given up the batch, whatever
+    /// becomes of the request.
+    named: HashMap<RequestId, Named>,
     routes: HashMap<String, Arc<Route>>,
     threads: Vec<JoinHandle<()>>,
     closed: bool,
@@ -137,7 +154,18 @@ struct End {
 struct Part {
     total: u32,
     last: bool,
-    chunks: Vec<(ChunkSpec, ChunkSource)>,
+    chunks: Vec<(ChunkSpec, Bytes)>,
+    /// Index of the first chunk in the request, where they were named ahead.
+    named: Option<usize>,
+    after: Option<Fence>,
+}
+
+/// A chunk's bytes.
+enum Bytes {
+    /// To be written.
+    At(ChunkSource),
+    /// In their place.
+    Here(Place),
 }
 
 #[derive(Default)]
@@ -186,19 +214,34 @@ impl Outbox {
     /// Takes a batch and returns its number; never waits. What is wrong with the batch itself is the error, and then nothing was
     /// taken; whatever happens to its request afterwards is an event. Batches of a request that has failed are released at once.
     pub fn put(&self, batch: Batch) -> Result<u64> {
-        let Batch { request: id, receiver, first, total, last, mut chunks } = batch;
+        let Batch { request: id, receiver, first, total, last, chunks, after } = batch;
         if chunks.is_empty() && !last {
             return Err(Error::InvalidArgument {
                 argument: "batch.chunks",
                 problem: format!("a batch of request {id} without chunks that is not its last"),
             });
         }
-        let request = self.shared.request(&id, &receiver, first, last)?;
+        let named = self.shared.state.lock().named.remove(&id);
+        let (request, named, mut chunks) = match named {
+            Some(named) => match named.join(&receiver, chunks) {
+                Ok((request, first, chunks)) => (request, Some(first), chunks),
+                Err((request, e)) => {
+                    self.shared.abort(&request, &e);
+                    return Err(e);
+                }
+            },
+            None => (self.shared.request(&id, &receiver, first, last)?, None, place::unplaced(chunks)?),
+        };
         let number = self.shared.next_batch.fetch_add(1, Ordering::Relaxed);
         self.shared.events.queue.lock().open += 1;
         let release = Arc::new(Release { batch: number, events: self.shared.events.clone() });
-        for (_, source) in &mut chunks {
-            source.keep = Some(release.clone());
+        for (_, bytes) in &mut chunks {
+            if let Bytes::At(source) = bytes {
+                source.keep = Some(release.clone());
+                if after.is_some() {
+                    source.after.clone_from(&after);
+                }
+            }
         }
         drop(release);
         {
@@ -207,12 +250,14 @@ impl Outbox {
                 end.last_put = Some(Instant::now());
             }
             if end.ended {
+                drop(end);
+                place::give_up(chunks, after.as_ref());
                 return Ok(number);
             }
         }
         let ready = {
             let mut work = request.work.lock();
-            work.waiting.push_back(Part { total, last, chunks });
+            work.waiting.push_back(Part { total, last, chunks, named, after });
             // The order is kept: what waits already goes first, on the thread that is at it.
             work.waiting.len() == 1 && request.route.is_open()
         };
@@ -293,7 +338,12 @@ impl Outbox {
 impl Drop for Outbox {
     fn drop(&mut self) {
         self.shared.close();
-        let threads = std::mem::take(&mut self.shared.state.lock().threads);
+        let (named, threads) = {
+            let mut state = self.shared.state.lock();
+            (std::mem::take(&mut state.named), std::mem::take(&mut state.threads))
+        };
+        // Places that nobody has put: who drops the outbox writes to them no more. Their requests keep routes, and so threads, alive.
+        drop(named);
         for thread in threads {
             // Each ends within one attempt to connect.
             let _ = thread.join();
@@ -461,10 +511,10 @@ impl Shared {
         let result = loop {
             let Some(part) = work.waiting.front_mut() else { break Ok(()) };
             if request.end.lock().ended {
-                work.waiting.clear();
+                give_up(std::mem::take(&mut work.waiting));
                 break Ok(());
             }
-            let part = Part { chunks: std::mem::take(&mut part.chunks), ..*part };
+            let part = Part { chunks: std::mem::take(&mut part.chunks), after: part.after.take(), ..*part };
             let last = part.last;
             if let Err(e) = self.hand_over_part(request, &mut work.reservation, part) {
                 break Err(e);
@@ -486,27 +536,48 @@ impl Shared {
         reservation: &mut Option<Reservation>,
         part: Part,
     ) -> Result<()> {
-        let Part { total, last, chunks } = part;
-        let (specs, sources): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
-        let first = if let Some(reservation) = reservation {
-            if specs.is_empty() && !last { 0 } else { reservation.extend(specs, last)? }
-        } else {
-            let more = if last { 0 } else { total.saturating_sub(specs.len() as u32) };
-            let sender = request.route.sender.lock().clone().ok_or_else(|| {
-                Error::failed(ErrorCode::Unreachable, format!("{} is not connected", request.route.address))
-            })?;
-            let left = self.config.sender.request_timeout.saturating_sub(request.started.elapsed());
-            let new = sender.reserve_more(request.id.clone(), specs, more, Some(left))?;
-            let (me, ended) = (Arc::downgrade(self), Arc::downgrade(request));
-            new.on_end(move |result| Self::told(&me, &ended, result));
-            *reservation = Some(new);
-            0
+        let Part { total, last, chunks, named, after } = part;
+        let (specs, bytes): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+        let first = match named {
+            Some(first) => first,
+            None => self.name(request, reservation, specs, total, last)?,
         };
-        let Some(reservation) = reservation else { return Ok(()) };
-        for (i, source) in sources.into_iter().enumerate() {
-            reservation.write(first + i, source)?;
+        let mut result = Ok(());
+        for (i, bytes) in bytes.into_iter().enumerate() {
+            match (bytes, &reservation) {
+                (Bytes::At(source), Some(reservation)) if result.is_ok() => {
+                    result = reservation.write(first + i, source);
+                }
+                (Bytes::Here(place), Some(_)) if result.is_ok() => place.commit(after.clone()),
+                (Bytes::Here(place), _) => place.give_up(after.clone()),
+                (Bytes::At(_), _) => {}
+            }
         }
-        Ok(())
+        result
+    }
+
+    /// Names chunks at the receiver, with the request itself where they are its first; returns the index of the first of them.
+    fn name(
+        self: &Arc<Self>,
+        request: &Arc<Request>,
+        reservation: &mut Option<Reservation>,
+        specs: Vec<ChunkSpec>,
+        total: u32,
+        last: bool,
+    ) -> Result<usize> {
+        if let Some(reservation) = reservation {
+            return if specs.is_empty() && !last { Ok(0) } else { reservation.extend(specs, last) };
+        }
+        let more = if last { 0 } else { total.saturating_sub(specs.len() as u32) };
+        let sender = request.route.sender.lock().clone().ok_or_else(|| {
+            Error::failed(ErrorCode::Unreachable, format!("{} is not connected", request.route.address))
+        })?;
+        let left = self.config.sender.request_timeout.saturating_sub(request.started.elapsed());
+        let new = sender.reserve_more(request.id.clone(), specs, more, Some(left))?;
+        let (me, ended) = (Arc::downgrade(self), Arc::downgrade(request));
+        new.on_end(move |result| Self::told(&me, &ended, result));
+        *reservation = Some(new);
+        Ok(0)
     }
 
     /// Runs on whichever thread ends the request.
@@ -530,7 +601,7 @@ impl Shared {
         if let Some(delivery) = delivery {
             delivery.abort(why.code());
         }
-        drop(waiting);
+        give_up(waiting);
     }
 
     /// A request has ended: once, whoever is first to say so.
@@ -591,6 +662,12 @@ impl Shared {
     }
 }
 
+/// Lets go of batches that are not handed over any more.
+fn give_up(parts: VecDeque<Part>) {
+    for part in parts {
+        place::give_up(part.chunks, part.after.as_ref());
+    }
+}
+
 #[cfg(test)]
-#[path = "outbox_tests.rs"]
 mod tests;

@@ -1,0 +1,106 @@
+"""Chunks that are produced in the receiver's own pages, between processes."""
+
+import ctypes
+import multiprocessing
+import time
+
+import pytest
+
+import kvxfer
+from other_process import pattern
+
+WAIT_S = 20
+PAGE = 64 << 10
+GEOMETRY = kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="bfloat16", layout="KV_2LTD", chunk_tokens=256)
+
+
+def prefill(pipe, address):
+    """A prefiller: connects, then does as it is told."""
+    with kvxfer.Agent("prefiller") as agent, kvxfer.Outbox(agent, GEOMETRY) as outbox:
+        region = agent.register(bytearray(pattern(PAGE)))
+        outbox.put("warm", address, [("warm", region, [(0, PAGE)])], first=True, last=True)
+        while not isinstance(outbox.next_event(WAIT_S), kvxfer.Ended):
+            pass
+        pipe.send("connected")
+        while True:
+            command, *arguments = pipe.recv()
+            if command == "place":
+                request, keys, last = arguments
+                first = request not in prefill.known
+                prefill.known.add(request)
+                places = outbox.place(
+                    request,
+                    address,
+                    [(key, PAGE) for key in keys],
+                    total=len(keys),
+                    first=first,
+                    last=last,
+                    patience=WAIT_S,
+                )
+                for place, key in zip(places, keys, strict=True):
+                    ctypes.memmove(place.address, pattern(PAGE, ord(key)), place.length)
+                pipe.send(len(places))
+            elif command == "put":
+                request, keys, last = arguments
+                outbox.put(request, address, [(key, None, [(0, PAGE)]) for key in keys], first=True, last=last)
+                while not isinstance(event := outbox.next_event(WAIT_S), kvxfer.Ended):
+                    pass
+                pipe.send((event.request, event.report and event.report.transport))
+
+
+prefill.known = set()
+
+
+@pytest.fixture
+def receiver():
+    with kvxfer.Agent("decoder", listen="tcp://127.0.0.1:0") as agent:
+        with kvxfer.Receiver(agent, GEOMETRY, pages=4) as receiver:
+            receiver.listens_on = agent.addresses[0]
+            yield receiver
+
+
+@pytest.fixture
+def prefiller(receiver):
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(target=prefill, args=(theirs, receiver.listens_on), daemon=True)
+    process.start()
+    assert pipe.poll(WAIT_S) and pipe.recv() == "connected"
+
+    def ask(*command):
+        pipe.send(command)
+        assert pipe.poll(WAIT_S), command
+        return pipe.recv()
+
+    ask.process = process
+    yield ask
+    process.kill()
+    process.join()
+
+
+def until(condition):
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_bytes_produced_there_are_found_once_they_are_put(receiver, prefiller):
+    assert prefiller("place", "r", "ab", True) == 2
+    assert receiver.lookup("a") == "pending", "it is filled, and not put"
+    assert prefiller("put", "r", "ab", True) == ("r", "shm")
+    for key in "ab":
+        with receiver.acquire(key) as chunk:
+            assert chunk.data == pattern(PAGE, ord(key))
+
+
+def test_a_prefiller_that_is_killed_with_places_leaves_no_pages_and_no_chunks(receiver, prefiller):
+    assert prefiller("place", "r", "abc", True) == 3
+    assert receiver.stats.free_pages == 0
+    prefiller.process.kill()
+    until(lambda: receiver.stats.free_pages == 3)
+    assert receiver.lookup("a") == "absent"
+    event = receiver.next_event(WAIT_S)
+    while event.ready:
+        event = receiver.next_event(WAIT_S)
+    assert event.request == "r"
