@@ -535,7 +535,7 @@ typedef struct kvxfer_batch_t {
   const char *request;
   // Where its chunks go, `tcp://host:port`.
   const char *receiver;
-  // The chunks.
+  // The chunks; a NULL region: in the place that `kvxfer_outbox_place` gave, and one run `{0, length}`.
   const struct kvxfer_chunk_source_t *chunks;
   // Number of chunks; 0 is possible in the last batch.
   size_t count;
@@ -550,6 +550,14 @@ typedef struct kvxfer_batch_t {
   // The chunks' bytes are complete at this point of a CUDA stream; NULL: now.
   const struct kvxfer_fence_t *after;
 } kvxfer_batch_t;
+
+// Where a chunk's bytes are to be produced; see `kvxfer_outbox_place`.
+typedef struct kvxfer_place_t {
+  // First byte of its page, in this process or on the device; NULL: it has no place here.
+  void *address;
+  // Its bytes.
+  uint64_t length;
+} kvxfer_place_t;
 
 // What happened. Set `struct_size` before the call.
 typedef struct kvxfer_outbox_event_t {
@@ -1314,6 +1322,26 @@ kvxfer_result_t kvxfer_outbox_new(struct kvxfer_agent_t *agent,
 kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
                                   const struct kvxfer_batch_t *batch,
                                   uint64_t *batch_out);
+
+// Asks for the chunks of a batch to be produced where they are to be: names them at the receiver and gives the pages that they got,
+// as addresses of this process, where the receiver's pool is mapped in it (`shm`; `cuda_ipc` for a GPU's). Fill them, then put the
+// same batch, with a NULL `region` for each chunk that has its place here. A chunk whose `address` is NULL is put from a region.
+//
+// In `batch` each chunk has a NULL `region` and one run `{0, length}`; `after` is not looked at. `device` is -1 for host memory, or
+// the CUDA device whose memory is wanted. `places` has room for `batch.count`. Waits for admission at most `patience_ms`; whatever
+// prevents places gives NULLs, loses nothing, and is no error. Addresses are the caller's until the batch is put or given up with
+// `kvxfer_outbox_give_up`, also when the request fails meanwhile; afterwards nothing may be written there.
+kvxfer_result_t kvxfer_outbox_place(struct kvxfer_outbox_t *outbox,
+                                    const struct kvxfer_batch_t *batch,
+                                    int32_t device,
+                                    uint64_t patience_ms,
+                                    struct kvxfer_place_t *places);
+
+// Gives up the places of a batch that is not put after all, and its request: once a CUDA stream that may still write there has passed
+// `after`; NULL: nobody does. `KVXFER_NOT_FOUND` when the request has none.
+kvxfer_result_t kvxfer_outbox_give_up(struct kvxfer_outbox_t *outbox,
+                                      const char *request,
+                                      const struct kvxfer_fence_t *after);
 
 // Gives a request up for the reason `why` (`KVXFER_CANCELLED`, usually); `KVXFER_NOT_FOUND` when none of that
 // name is under way.

@@ -4,6 +4,7 @@ use super::agent::kvxfer_agent_t;
 use super::args::{Out, flag, invalid, list, list_mut, text};
 use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
+use super::peer::{RemoteRegionObject, kvxfer_peer_t, kvxfer_remote_region_t};
 use super::result::{KVXFER_OK, kvxfer_result_t};
 use kvxfer_core::agent::Access;
 use kvxfer_core::cuda::Device;
@@ -214,6 +215,30 @@ pub unsafe extern "C" fn kvxfer_region_allocate_device(
         };
         let region = agent.register(memory)?;
         out.set(into_raw(RegionObject::new(agent, region))?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// A peer's region as a region of this agent, where it lies in this process's address space (`shm`, `cuda_ipc`): host memory for a
+/// `device` of -1, else that device's. Copies and kernels work on it as on memory of one's own; a gather to it is a gather and a write
+/// in one pass. Nobody tells the peer when that has ended: notify it then, and stop before it takes its export back.
+/// `KVXFER_NOT_AVAILABLE` when it is not there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_region_map(
+    agent: *mut kvxfer_agent_t,
+    peer: *const kvxfer_peer_t,
+    remote: *const kvxfer_remote_region_t,
+    device: i32,
+    region_out: *mut *mut kvxfer_region_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_region_map", || unsafe {
+        let agent = super::agent::agent(agent)?;
+        let out = Out::new("region_out", region_out)?;
+        let remote = borrow::<RemoteRegionObject>("remote", remote)?;
+        let region = super::peer::peer(peer)?.map(&remote.0, (device >= 0).then_some(device))?;
+        let object = RegionObject { foreign: None, ..RegionObject::new(agent, region) };
+        out.set(into_raw(object)?);
         Ok(KVXFER_OK)
     })
 }

@@ -333,6 +333,21 @@ class Peer:
         )
         return Transfer(self._agent, transfer, count, local)
 
+    def map(self, remote: RemoteRegion, device: int | None = None) -> Region:
+        """The peer's region as a region of this agent, where it lies in this process's address space (`shm`, `cuda_ipc`): host memory,
+        or that of a CUDA device. A `Gather` to it is a gather and a write in one pass. Nobody tells the peer when that has ended:
+        notify it then, and stop before it takes its export back. `NotAvailable` when it is not there."""
+        region = handle(
+            "kvxfer_region_t",
+            keep_until_free(None),
+            lib.kvxfer_region_map,
+            self._agent._handle,
+            self._handle,
+            remote._handle,
+            -1 if device is None else device,
+        )
+        return Region(self._agent, region, None)
+
     def notify(self, payload: bytes) -> None:
         """Sends a notification without data; does not block."""
         check(lib.kvxfer_peer_notify(self._handle, ffi.from_buffer(payload) if payload else ffi.NULL, len(payload)))

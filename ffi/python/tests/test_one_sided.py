@@ -53,6 +53,21 @@ def test_every_transport_of_one_host_moves_the_same_bytes(agent, start_other, tr
     assert other.ask("bytes", 5, 1 << 20) == pattern(1 << 20, 2)
 
 
+def test_a_peers_memory_as_memory_of_this_process(agent, start_other):
+    other = start_other()
+    peer = agent.connect(other.address)
+    with peer.map(peer.region("pages")) as there:
+        assert len(there) == REGION_BYTES and there.device is None
+        there.memory[100:5100] = pattern(5000, 3)
+    assert other.ask("bytes", 100, 5000) == pattern(5000, 3)
+    with pytest.raises(kvxfer.NotAvailable, match="CUDA device 0"):
+        peer.map(peer.region("pages"), device=0)
+    apart = start_other(foreign=True)
+    peer = agent.connect(apart.address)
+    with pytest.raises(kvxfer.NotAvailable, match="not in this process's address space"):
+        peer.map(peer.region("pages"))
+
+
 def test_many_pieces_scattered_both_ways(agent, other):
     peer = agent.connect(other.address)
     remote = peer.region("pages")

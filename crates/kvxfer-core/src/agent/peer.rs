@@ -385,7 +385,7 @@ impl Peer {
     }
     /// The region in this process's address space, where a connected transport has it there: host memory for `None`, else that
     /// device's.
-    pub(crate) fn map(
+    pub(crate) fn mapping(
         &self,
         remote: &RemoteRegion,
         device: Option<i32>,
@@ -400,6 +400,28 @@ impl Peer {
             let there = mapping.memory.on_device().map(crate::cuda::Device::ordinal);
             (there == device).then_some((path.candidate.kind, path.caps, mapping))
         })
+    }
+    /// The peer's region as a region of this agent, where a connected transport has it in this process's address space (`shm`,
+    /// `cuda_ipc`, `inproc`): host memory for `None`, else that of the device. Copies and kernels of this process work on it as on their
+    /// own memory: a [`crate::gather::Gather`] to it is a gather and a write in one pass.
+    ///
+    /// Nobody tells the peer when that has ended: send it a notification then, and stop before the peer takes its export back. The
+    /// mapping is kept as long as the region, also after the peer is gone; what is written then, nobody reads.
+    pub fn map(&self, remote: &RemoteRegion, device: Option<i32>) -> Result<Region> {
+        self.agent.check()?;
+        let Some((_, _, mapping)) = self.mapping(remote, device) else {
+            let place = device.map_or("host memory".to_owned(), |d| format!("memory of CUDA device {d}"));
+            return Err(Error::failed(
+                ErrorCode::NotAvailable,
+                format!(
+                    "region {:?} of agent {} is not in this process's address space as {place}; it is reached by {:?}",
+                    remote.inner.name,
+                    self.name(),
+                    remote.transports()
+                ),
+            ));
+        };
+        Ok(Region { inner: RegionInner::register_mapped(&self.agent, mapping)? })
     }
     /// Counts bytes that reached the peer through a mapping of that transport's.
     pub(crate) fn count_placed(&self, kind: TransportKind, bytes: u64, took: Duration) {

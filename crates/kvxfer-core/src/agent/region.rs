@@ -3,7 +3,7 @@
 use super::peer::PeerInner;
 use super::state::Inner;
 use super::{Access, Region, RemoteRegion, choose, identity};
-use crate::transport::{LocalTicket, RemoteKey, RemoteTicket, TransportKind};
+use crate::transport::{LocalTicket, Mapping, RemoteKey, RemoteTicket, TransportKind};
 use crate::{Error, Memory, Result};
 use kvxfer_proto::wire::{RegionAdvert, Ticket};
 use kvxfer_proto::{ErrorCode, RegionId};
@@ -20,13 +20,28 @@ pub(crate) struct RegionInner {
     /// Transports that took it, and those that did not with the reason.
     pub(crate) usable: Vec<TransportKind>,
     refused: Vec<(TransportKind, String)>,
+    /// Of a peer's memory: what its link wants alive meanwhile.
+    _held: Option<Arc<dyn std::any::Any + Send + Sync>>,
 }
 
 impl RegionInner {
     /// Registers `memory` with every transport that takes it.
     pub(crate) fn register(agent: &Arc<Inner>, memory: Arc<Memory>) -> Result<Arc<Self>> {
+        Self::register_mapped(agent, Mapping { memory, held: None })
+    }
+
+    /// The same for a peer's memory.
+    pub(crate) fn register_mapped(agent: &Arc<Inner>, mapping: Mapping) -> Result<Arc<Self>> {
         let id = RegionId(agent.id());
-        let mut region = Self { agent: agent.clone(), id, memory, usable: Vec::new(), refused: Vec::new() };
+        let Mapping { memory, held } = mapping;
+        let mut region = Self {
+            agent: agent.clone(),
+            id,
+            memory,
+            usable: Vec::new(),
+            refused: Vec::new(),
+            _held: held,
+        };
         for slot in &agent.slots {
             let registered = if region.memory.is_device() && !slot.caps.device_memory {
                 Err(Error::failed(ErrorCode::Unsupported, "moves host memory only, this is a GPU's"))

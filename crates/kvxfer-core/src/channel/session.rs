@@ -266,7 +266,7 @@ impl Session {
         deadline: Instant,
     ) -> Result<Option<Place>> {
         let (remote, layout, level) = self.pool()?;
-        let Some((kind, caps, mapping)) = self.peer.map(&remote, device) else { return Ok(None) };
+        let Some((kind, caps, mapping)) = self.peer.mapping(&remote, device) else { return Ok(None) };
         let Some(spec) = ticket.spec(chunk as usize) else { return Ok(None) };
         let mut state = self.state.lock();
         loop {
@@ -304,7 +304,7 @@ impl Session {
 
     /// Whether pages of the pool are in this process's address space.
     pub(super) fn maps(&self, device: Option<i32>) -> bool {
-        self.pool().is_ok_and(|(remote, ..)| self.peer.map(&remote, device).is_some())
+        self.pool().is_ok_and(|(remote, ..)| self.peer.mapping(&remote, device).is_some())
     }
 
     /// The level of checking of a write: the configured one, or the pool's raised to what the transport needs.

@@ -3,6 +3,7 @@
 use crate::copies::{SOON, bytes, noise};
 use crate::{harness, raw};
 use kvxfer_core::cuda::Device;
+use kvxfer_core::gather::Layout;
 use kvxfer_core::memory::HugePages;
 use kvxfer_core::{Access, Agent, ErrorCode, Memory, Peer, Piece, Region, TransferOptions, TransportKind};
 use std::io::{BufRead, BufReader, Read};
@@ -169,6 +170,50 @@ pub(crate) fn regions_by_descriptor_where_handles_are_refused() {
     let device = Device::get(0).unwrap();
     exchange("shareable", &Memory::device(&device, LEN).unwrap());
     exchange("shareable", &Memory::device_shareable(&device, LEN).unwrap());
+}
+
+/// A paged cache goes into a chunk at the peer in one launch, heads and tokens the other way round than there.
+pub(crate) fn a_gather_straight_into_the_memory_of_another_process() {
+    use kvxfer_core::gather::{Gather, Order, Tokens, View};
+    let device = Device::get(0).unwrap();
+    let (layers, tokens, heads, head_bytes) = (3u32, 50u32, 4u32, 64u32);
+    let paged = Layout::paged(Order::KvFirst, true, 12, 16, heads, head_bytes);
+    let one = 2 * 12 * 16 * u64::from(heads * head_bytes);
+    let cache = Memory::device(&device, (u64::from(layers) * one) as usize).unwrap();
+    cache.write_at(0, &noise(cache.len(), 7)).unwrap();
+    let from = || View {
+        memory: cache.clone(),
+        layout: paged,
+        layers: (0..u64::from(layers)).map(|i| i * one).collect(),
+        tokens: Tokens::Blocks { ids: vec![7, 2, 11, 0], first: 3 },
+    };
+    let chunk = Layout::chunk(layers, tokens, heads, head_bytes);
+    let row = u64::from(tokens * heads * head_bytes);
+    let to = |memory: &Arc<Memory>, at: u64| View {
+        memory: memory.clone(),
+        layout: chunk,
+        layers: (0..u64::from(layers)).map(|i| at + i * row).collect(),
+        tokens: Tokens::From(0),
+    };
+    let chunk_bytes = (2 * u64::from(layers) * row) as usize;
+    let here = Memory::device(&device, chunk_bytes).unwrap();
+    Gather::new(from(), to(&here, 0), tokens).unwrap().start(None, false).unwrap().wait(SOON).unwrap();
+
+    let other = Other::start("device", &[]);
+    let agent = Agent::builder().name("me").build().unwrap();
+    let peer = other.connect(&agent);
+    let remote = peer.region("memory", SOON).unwrap();
+    let e = peer.map(&remote, None).unwrap_err();
+    assert!(e.code() == ErrorCode::NotAvailable && e.to_string().contains("host memory"), "{e}");
+    let there = peer.map(&remote, Some(0)).unwrap();
+    let at = 4096;
+    let gather = Gather::new(from(), to(there.memory(), at), tokens).unwrap();
+    gather.start(None, false).unwrap().wait(SOON).unwrap();
+    let mut expected = noise(LEN, 42);
+    expected[at as usize..at as usize + chunk_bytes].copy_from_slice(&bytes(&here));
+    drop((gather, there, remote, peer));
+    agent.shutdown(SOON).unwrap();
+    assert_eq!(other.end(), format!("{:x}", xxhash_rust::xxh3::xxh3_64(&expected)));
 }
 
 pub(crate) fn a_host_pool_of_another_process() {
