@@ -99,7 +99,7 @@ pub(super) struct Slice {
     descriptors: Vec<Descriptor>,
     /// The device's side, in the order of the slot: offset and length.
     ranges: Vec<(u64, u32)>,
-    /// Given back at the end.
+    /// Until the end, when it is given back.
     slot: Option<Slot>,
 }
 
@@ -136,10 +136,13 @@ impl Slice {
         let next = match slot {
             Err(e) => Phase::Ended(Err(Fault::Copy(e))),
             Ok(slot) => {
-                slice.slot = Some(slot);
+                let slot = slice.slot.insert(slot);
                 match route.job.op {
-                    Op::Write => slice.fill(route),
-                    Op::Read => slice.post(route, tools),
+                    Op::Write => Phase::copying(
+                        slot.pinned.fill(&route.job.local, &slice.ranges, None),
+                        Phase::Filling,
+                    ),
+                    Op::Read => post(slot, &slice.descriptors, &slice.ranges, route, tools),
                 }
             }
         };
@@ -149,18 +152,19 @@ impl Slice {
 
     /// One turn: true when something of it has ended. `stopping`: no step that has not begun begins.
     pub(super) fn advance(&mut self, route: Route<'_>, stopping: bool, tools: &mut Tools<'_>) -> bool {
-        let next = match &mut self.phase {
+        let Self { phase, descriptors, ranges, slot: Some(slot) } = self else { return false };
+        let next = match phase {
             Phase::Ended(_) => return false,
             Phase::Filling(copy) => match copy.is_done() {
                 Ok(false) => return false,
                 Ok(true) if stopping => Phase::Ended(Err(Fault::Dropped)),
-                Ok(true) => self.post(route, tools),
+                Ok(true) => post(slot, descriptors, ranges, route, tools),
                 Err(e) => Phase::Ended(Err(Fault::Copy(e))),
             },
             Phase::Posted(request) => match tools.agent.get_xfer_status(request) {
                 Ok(status) if !status.is_success() => return false,
                 Ok(_) if stopping && route.job.op == Op::Read => Phase::Ended(Err(Fault::Dropped)),
-                Ok(_) => self.crossed(route),
+                Ok(_) => crossed(slot, ranges, route),
                 Err(e) => Phase::Ended(Err(Fault::Request(failed("get_xfer_status", &e)))),
             },
             Phase::Emptying(copy) => match copy.is_done() {
@@ -203,33 +207,32 @@ impl Slice {
             tools.slots.give_back(slot, route.remote, tools.retired);
         }
     }
+}
 
-    fn fill(&self, route: Route<'_>) -> Phase {
-        let Some(slot) = &self.slot else { return Phase::Ended(Ok(())) };
-        Phase::copying(slot.pinned.fill(&route.job.local, &self.ranges, None), Phase::Filling)
-    }
-
-    fn post(&self, route: Route<'_>, tools: &mut Tools<'_>) -> Phase {
-        let Some(slot) = &self.slot else { return Phase::Ended(Ok(())) };
-        let local = Local { kind: MemType::Dram, device: 0, base: slot.pinned.memory().as_ptr() as u64 };
-        match tools.request(route, local, &self.descriptors).and_then(|r| Ok((tools.post(&r)?, r))) {
-            Ok((true, request)) => Phase::Posted(request),
-            Ok((false, request)) => {
-                tools.retired.push(request);
-                self.crossed(route)
-            }
-            Err(e) => Phase::Ended(Err(Fault::Request(e))),
+/// Moves the bytes between a slot and the peer.
+fn post(
+    slot: &Slot,
+    descriptors: &[Descriptor],
+    ranges: &[(u64, u32)],
+    route: Route<'_>,
+    tools: &mut Tools<'_>,
+) -> Phase {
+    let local = Local { kind: MemType::Dram, device: 0, base: slot.pinned.memory().as_ptr() as u64 };
+    match tools.request(route, local, descriptors).and_then(|r| Ok((tools.post(&r)?, r))) {
+        Ok((true, request)) => Phase::Posted(request),
+        Ok((false, request)) => {
+            tools.retired.push(request);
+            crossed(slot, ranges, route)
         }
+        Err(e) => Phase::Ended(Err(Fault::Request(e))),
     }
+}
 
-    /// The request has ended well.
-    fn crossed(&self, route: Route<'_>) -> Phase {
-        match (route.job.op, &self.slot) {
-            (Op::Read, Some(slot)) => {
-                Phase::copying(slot.pinned.empty(&route.job.local, &self.ranges, None), Phase::Emptying)
-            }
-            _ => Phase::Ended(Ok(())),
-        }
+/// The request has ended well: what was read goes on to the device.
+fn crossed(slot: &Slot, ranges: &[(u64, u32)], route: Route<'_>) -> Phase {
+    match route.job.op {
+        Op::Write => Phase::Ended(Ok(())),
+        Op::Read => Phase::copying(slot.pinned.empty(&route.job.local, ranges, None), Phase::Emptying),
     }
 }
 
