@@ -41,10 +41,10 @@ macro_rules! contract {
             );
         }
     )*};
-    (@device $sides:literal, $($line:ident),*) => {$(
+    (@device $transport:ident, $sides:literal, $($line:ident),*) => {$(
         #[test]
         fn $line() {
-            crate::actors::on_devices($sides, concat!("tcp::", stringify!($line)));
+            crate::actors::on_devices($sides, concat!(stringify!($transport), "::", stringify!($line)));
         }
     )*};
     (@lines $transport:ident, $($file:ident::$line:ident),*) => {$(
@@ -57,11 +57,12 @@ macro_rules! contract {
 
 contract!(inproc, shm, cma, tcp, nixl, cuda_ipc);
 
-/// Sockets between GPUs: the same lines on `tcp` with device memory on both sides, or on one of them.
+/// Staged through pinned memory: the same lines on `tcp` with device memory on both sides, or on one of them; and on `nixl`, whose
+/// backends take host memory only under the stand-in driver, with device memory at the side that posts.
 macro_rules! on_devices {
-    ($($module:ident = $sides:literal;)*) => {$(
+    ($($module:ident = $transport:ident $sides:literal;)*) => {$(
         mod $module {
-            contract!(@device $sides,
+            contract!(@device $transport, $sides,
                 visible_only_when_written,
                 no_late_write,
                 everything_ends,
@@ -76,7 +77,8 @@ macro_rules! on_devices {
 }
 
 on_devices! {
-    tcp_between_devices = "both";
-    tcp_from_a_device = "sender";
-    tcp_to_a_device = "receiver";
+    tcp_between_devices = tcp "both";
+    tcp_from_a_device = tcp "sender";
+    tcp_to_a_device = tcp "receiver";
+    nixl_from_a_device = nixl "sender";
 }

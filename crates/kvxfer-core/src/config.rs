@@ -102,6 +102,9 @@ pub struct NixlConfig {
     pub same_host: bool,
     /// Backends to create, the first that can carry a transfer is used.
     pub backends: Vec<String>,
+    /// Slices of a GPU's memory that are under way through pinned memory at the same time, per peer, where the backends do not
+    /// take that memory.
+    pub staging_depth: usize,
     /// Parameters of each backend, by its name, as its plug-in documents them: `UCX: {num_workers: "2"}`.
     pub params: std::collections::BTreeMap<String, std::collections::BTreeMap<String, String>>,
 }
@@ -142,6 +145,7 @@ impl Default for NixlConfig {
             plugin_dir: None,
             same_host: false,
             backends: vec!["UCX".into()],
+            staging_depth: 4,
             params: std::collections::BTreeMap::new(),
         }
     }
@@ -237,11 +241,12 @@ impl AgentConfig {
                 return Err(bad(key, "0: at least 1 is needed; forbid the transport to do without it"));
             }
         }
-        if !(1..=64).contains(&self.tcp.staging_depth) {
-            return Err(bad(
-                "tcp.staging_depth",
-                format!("{} is not within 1 to 64", self.tcp.staging_depth),
-            ));
+        for (key, depth) in
+            [("tcp.staging_depth", self.tcp.staging_depth), ("nixl.staging_depth", self.nixl.staging_depth)]
+        {
+            if !(1..=64).contains(&depth) {
+                return Err(bad(key, format!("{depth} is not within 1 to 64")));
+            }
         }
         if !(4 << 10..=64 << 20).contains(&self.tcp.frame_bytes) {
             return Err(bad(
@@ -453,6 +458,8 @@ mod tests {
             ("peer_timeout: 0s", "peer_timeout", "0ns"),
             ("tcp: {streams: 0}", "tcp.streams", "0"),
             ("tcp: {frame_bytes: 5}", "tcp.frame_bytes", "5"),
+            ("tcp: {staging_depth: 0}", "tcp.staging_depth", "0"),
+            ("nixl: {staging_depth: 65}", "nixl.staging_depth", "65"),
             ("transports: {require: [warp]}", "transports.require", "warp"),
             ("transports: {allow: [shm], forbid: [shm]}", "transports", "shm"),
             ("auth_key: ''", "auth_key", "empty"),

@@ -14,6 +14,9 @@ mod faults;
 mod harness;
 #[path = "cuda/memory.rs"]
 mod memory;
+#[cfg(feature = "nixl")]
+#[path = "cuda/nixl.rs"]
+mod nixl;
 #[path = "cuda/processes.rs"]
 mod processes;
 #[path = "cuda/raw.rs"]
@@ -67,4 +70,15 @@ scenarios! {
     processes::another_pid_namespace_is_reached_by_descriptor;
     processes::a_peer_killed_in_another_pid_namespace;
     processes::a_hidden_device_is_named [KVXSTANDIN_DEVICES = "2"];
+}
+
+#[cfg(feature = "nixl")]
+scenarios! {
+    nixl::host_only_backends_refuse_device_memory;
+    nixl::device_memory_through_slots [KVXSTANDIN_DELAY_US = "100"];
+    nixl::no_more_slots_than_configured [KVXSTANDIN_DELAY_US = "200"];
+    nixl::cancelled_in_the_middle_no_byte_changes_afterwards [KVXSTANDIN_DELAY_US = "1000"];
+    nixl::nothing_is_staged_before_the_fence;
+    nixl::a_failing_device_fails_its_transfer_alone [KVXSTANDIN_DEVICES = "1"];
+    nixl::a_peers_device_is_reached_another_way;
 }

@@ -121,13 +121,27 @@ impl Staging {
 }
 
 impl Slot {
+    #[cfg(feature = "nixl")]
+    pub(crate) fn new(_device: &Device, _len: usize) -> Result<Self> {
+        Err(error())
+    }
     pub(crate) fn memory(&self) -> &Arc<Memory> {
         match self.0 {}
     }
-    pub(crate) fn fill(&self, _from: &Arc<Memory>, _ranges: &[(u64, u32)], _then: Then) -> Result<Landing> {
+    pub(crate) fn fill(
+        &self,
+        _from: &Arc<Memory>,
+        _ranges: &[(u64, u32)],
+        _then: Option<Then>,
+    ) -> Result<Landing> {
         match self.0 {}
     }
-    pub(crate) fn empty(&self, _to: &Arc<Memory>, _ranges: &[(u64, u32)], _then: Then) -> Result<Landing> {
+    pub(crate) fn empty(
+        &self,
+        _to: &Arc<Memory>,
+        _ranges: &[(u64, u32)],
+        _then: Option<Then>,
+    ) -> Result<Landing> {
         match self.0 {}
     }
 }

@@ -1,8 +1,8 @@
 //! Pinned host memory for bytes on their way between a device and a link that cannot reach it.
 //!
 //! A link that sends from host memory takes a [`Slot`], has it filled from the device while the slot before is being sent, and the other
-//! way round at the receiving end: copy and network overlap, and each byte crosses the host's memory once. Slots come from a
-//! pool that grows with demand (a link bounds what it has under way) and lie on the device's NUMA node.
+//! way round at the receiving end: copy and network overlap, and each byte crosses the host's memory once. Slots lie on the device's
+//! NUMA node. They come from a pool that grows with demand (a link bounds what it has under way), or belong to a link that keeps them itself.
 
 use super::device::Device;
 use super::engine::{Engine, Flight, Move};
@@ -20,10 +20,12 @@ pub(crate) struct Staging {
     idle: Mutex<Vec<Arc<Memory>>>,
 }
 
-/// A piece of pinned memory, given back when dropped.
+/// A piece of pinned memory, given back when dropped if it came from a pool.
 pub(crate) struct Slot {
     memory: Arc<Memory>,
-    home: Arc<Staging>,
+    /// Copies; kept, because its streams are dear to make.
+    engine: Arc<Engine>,
+    home: Option<Arc<Staging>>,
 }
 
 /// A copy between a slot and a device, under way.
@@ -46,7 +48,7 @@ impl Staging {
             idle.iter().position(|m| m.len() >= len).map(|i| idle.swap_remove(i))
         };
         let memory = known.map_or_else(|| make(device, len), Ok)?;
-        Ok(Slot { memory, home: self.clone() })
+        Ok(Slot { memory, engine: Engine::of(device)?, home: Some(self.clone()) })
     }
 }
 
@@ -58,25 +60,47 @@ fn make(device: &Device, len: usize) -> Result<Arc<Memory>> {
 }
 
 impl Slot {
+    /// One of at least `len` bytes near `device`, that belongs to no pool.
+    #[cfg(feature = "nixl")]
+    pub(crate) fn new(device: &Device, len: usize) -> Result<Self> {
+        Ok(Self { memory: make(device, len)?, engine: Engine::of(device)?, home: None })
+    }
+
     pub(crate) fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }
 
-    /// Starts to bring `ranges` of device memory here, one after the other.
-    pub(crate) fn fill(&self, from: &Arc<Memory>, ranges: &[(u64, u32)], then: Then) -> Result<Landing> {
+    /// Starts to bring `ranges` of device memory here, one after the other. Whoever drives the landing anyway needs no call at its end.
+    pub(crate) fn fill(
+        &self,
+        from: &Arc<Memory>,
+        ranges: &[(u64, u32)],
+        then: Option<Then>,
+    ) -> Result<Landing> {
         self.start(from, ranges, true, then)
     }
 
     /// Starts to take what is here to `ranges` of device memory.
-    pub(crate) fn empty(&self, to: &Arc<Memory>, ranges: &[(u64, u32)], then: Then) -> Result<Landing> {
+    pub(crate) fn empty(
+        &self,
+        to: &Arc<Memory>,
+        ranges: &[(u64, u32)],
+        then: Option<Then>,
+    ) -> Result<Landing> {
         self.start(to, ranges, false, then)
     }
 
-    fn start(&self, far: &Arc<Memory>, ranges: &[(u64, u32)], fill: bool, then: Then) -> Result<Landing> {
-        let near = &self.memory;
-        let device = far.on_device().ok_or_else(|| {
-            crate::Error::failed(kvxfer_proto::ErrorCode::Unsupported, "not a GPU's memory")
-        })?;
+    fn start(
+        &self,
+        far: &Arc<Memory>,
+        ranges: &[(u64, u32)],
+        fill: bool,
+        then: Option<Then>,
+    ) -> Result<Landing> {
+        let (near, engine) = (&self.memory, &self.engine);
+        if !far.is_device() {
+            return Err(crate::Error::failed(kvxfer_proto::ErrorCode::Unsupported, "not a GPU's memory"));
+        }
         let total: u64 = ranges.iter().map(|r| u64::from(r.1)).sum();
         near.range(0, total)?;
         let mut at = near.as_ptr() as u64;
@@ -88,13 +112,14 @@ impl Slot {
             at += len;
             Move { src, dst, len }.append_to(&mut moves);
         }
-        let engine = Engine::of(device)?;
         let stream = engine.pick();
         // SAFETY: both sides were range-checked; the landing keeps the device's, whoever holds it keeps the slot, and its end is awaited
         // when it is dropped.
         let flight = unsafe { engine.start(stream, &moves, None, true) }?;
         // Without the call the end is seen by whoever looks the next time.
-        if let Err(e) = engine.when_done(stream, then) {
+        if let Some(then) = then
+            && let Err(e) = engine.when_done(stream, then)
+        {
             tracing::debug!(error = %e, "no call at the end of a staged copy");
         }
         Ok(Landing { flight, _device: far.clone() })
@@ -103,7 +128,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        let mut idle = self.home.idle.lock();
+        let Some(home) = &self.home else { return };
+        let mut idle = home.idle.lock();
         if idle.len() < KEPT {
             idle.push(self.memory.clone());
         }

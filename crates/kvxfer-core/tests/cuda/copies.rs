@@ -3,6 +3,7 @@
 
 pub(crate) use crate::common::{bytes, pattern as noise};
 use crate::raw;
+use kvxfer_core::config::AgentConfig;
 use kvxfer_core::cuda::{Device, Fence};
 use kvxfer_core::memory::HugePages;
 use kvxfer_core::{Access, Agent, Memory, Peer, Piece, Region, RemoteRegion, TransferOptions, TransportKind};
@@ -25,8 +26,16 @@ impl Pair {
     pub(crate) fn new(local: Arc<Memory>, target: Arc<Memory>) -> Self {
         Self::over(&TransportKind::ALL, local, target)
     }
-    fn over(allow: &[TransportKind], local: Arc<Memory>, target: Arc<Memory>) -> Self {
-        let build = |name| Agent::builder().name(name).allow(allow.iter().copied());
+    pub(crate) fn over(allow: &[TransportKind], local: Arc<Memory>, target: Arc<Memory>) -> Self {
+        Self::configured(&AgentConfig::default(), allow, local, target)
+    }
+    pub(crate) fn configured(
+        config: &AgentConfig,
+        allow: &[TransportKind],
+        local: Arc<Memory>,
+        target: Arc<Memory>,
+    ) -> Self {
+        let build = |name| Agent::builder().config(config.clone()).name(name).allow(allow.iter().copied());
         let passive = build("passive").listen("tcp://127.0.0.1:0").build().unwrap();
         let active = build("active").build().unwrap();
         let (local, target) = (active.register(local).unwrap(), passive.register(target).unwrap());
@@ -41,7 +50,7 @@ impl Pair {
         active.shutdown(SOON).unwrap();
         passive.shutdown(SOON).unwrap();
     }
-    fn write(&self, pieces: &[Piece], options: TransferOptions) {
+    pub(crate) fn write(&self, pieces: &[Piece], options: TransferOptions) {
         let t = self.peer.write(&self.local, &self.remote, pieces, options).unwrap();
         let report = t.wait(SOON).unwrap();
         assert_eq!(report.error, None, "{report:?}");
@@ -203,7 +212,7 @@ pub(crate) fn sockets_and_a_failing_device() {
     let pair = Pair::over(&[TransportKind::Tcp], local, target.clone());
     let mut failed = 0;
     for _ in 0..12 {
-        crate::memory::standin_fails_next("cuMemcpyAsync");
+        crate::harness::standin_fails_next("cuMemcpyAsync");
         let t = pair.peer.write(&pair.local, &pair.remote, &whole(LEN), TransferOptions::default()).unwrap();
         let report = t.wait(SOON).unwrap();
         failed += u32::from(report.error.is_some());
@@ -243,12 +252,12 @@ pub(crate) fn scattered_blocks_of_a_whole_prompt() {
     pair.end();
 }
 
-fn whole(len: usize) -> [Piece; 1] {
+pub(crate) fn whole(len: usize) -> [Piece; 1] {
     [Piece { local_offset: 0, remote_offset: 0, len: len as u64 }]
 }
 
 /// A producer that fills memory on its stream after a while; the transfer is submitted at once.
-fn produced(memory: &Memory, stream: &raw::Stream, byte: u8) -> Fence {
+pub(crate) fn produced(memory: &Memory, stream: &raw::Stream, byte: u8) -> Fence {
     stream.sleep(100);
     stream.fill(memory.as_ptr() as u64, byte, memory.len());
     // SAFETY: the stream lives until the test's end.

@@ -1,4 +1,5 @@
 //! Runs a scenario in a process with the driver it needs, and looks at what that leaves behind.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::process::Command;
 
@@ -46,5 +47,29 @@ pub(crate) fn run(name: &str, variables: &[(&str, &str)], body: fn()) {
         for line in std::fs::read_to_string(&report).unwrap_or_default().lines() {
             assert!(line.contains("\"live\":{}"), "{name} left things behind: {line}");
         }
+    }
+}
+
+/// How often the stand-in driver was called by that name.
+pub(crate) fn standin_calls(name: &str) -> i64 {
+    let name = std::ffi::CString::new(name).expect("a name");
+    // SAFETY: the stand-in is loaded already, by that name; its function takes and gives what is written here.
+    unsafe {
+        let driver = libloading::Library::new("libcuda.so.1").expect("the stand-in");
+        driver
+            .get::<unsafe extern "C" fn(*const std::ffi::c_char) -> i64>(b"kvxstandin_calls")
+            .expect("the stand-in's function")(name.as_ptr())
+    }
+}
+
+/// The next call of that name fails with `CUDA_ERROR_UNKNOWN`.
+pub(crate) fn standin_fails_next(call: &str) {
+    let plan = std::ffi::CString::new(format!("{call}:{}:999", standin_calls(call) + 1)).expect("a plan");
+    // SAFETY: as above.
+    unsafe {
+        let driver = libloading::Library::new("libcuda.so.1").expect("the stand-in");
+        driver
+            .get::<unsafe extern "C" fn(*const std::ffi::c_char)>(b"kvxstandin_fail")
+            .expect("the stand-in's function")(plan.as_ptr());
     }
 }

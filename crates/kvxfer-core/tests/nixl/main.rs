@@ -4,7 +4,12 @@
 //! needs the real library runs where it is found and says loudly where it is not (`scripts/install-nixl.sh` gets it).
 #![cfg(feature = "nixl")]
 
+#[cfg(feature = "cuda")]
+#[path = "../cuda/harness.rs"]
+mod harness;
 mod library;
 mod peers;
+#[cfg(feature = "cuda")]
+mod staging;
 mod support;
 mod transfers;

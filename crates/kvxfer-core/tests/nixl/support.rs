@@ -28,6 +28,13 @@ pub(crate) fn isolated(test: &str, body: impl FnOnce()) {
 
 /// [`isolated`], where NIXL is there.
 pub(crate) fn with_nixl(test: &str, body: impl FnOnce()) {
+    if nixl_is_here(test) {
+        isolated(test, body);
+    }
+}
+
+/// Whether NIXL is installed; says so loudly where it is not.
+pub(crate) fn nixl_is_here(test: &str) -> bool {
     if std::env::var(CHILD).is_err() {
         // Asked in a process of its own: to ask is to load.
         let found = Command::new(std::env::current_exe().expect("this test's file"))
@@ -44,10 +51,10 @@ pub(crate) fn with_nixl(test: &str, body: impl FnOnce()) {
                 std::env::var_os("KVXFER_REQUIRE_NIXL").is_none(),
                 "KVXFER_REQUIRE_NIXL is set and NIXL is not here"
             );
-            return;
+            return false;
         }
     }
-    isolated(test, body);
+    true
 }
 
 #[test]
@@ -103,12 +110,16 @@ impl End {
     }
 
     pub(crate) fn configured(name: &str, len: usize, config: &AgentConfig) -> Self {
+        Self::over(name, Memory::anonymous(len).expect("memory"), config)
+    }
+
+    pub(crate) fn over(name: &str, memory: Arc<Memory>, config: &AgentConfig) -> Self {
         let name = AgentName::new(name).expect("a name");
         let epoch = Epoch(u64::from(std::process::id()) << 20);
         let transport = NixlTransport::new(&name, epoch, config).expect("NIXL is here");
-        let memory = Memory::anonymous(len).expect("memory");
         transport.register(REGION, &memory).expect("register");
-        Self { name, epoch, transport, memory, len: len as u64 }
+        let len = memory.len() as u64;
+        Self { name, epoch, transport, memory, len }
     }
 
     pub(crate) fn ticket(&self) -> Vec<u8> {

@@ -5,24 +5,23 @@
 //! what *peers* ask of this side, the [`super::keeper`]. They all enter through one lock. It is never held while
 //! trackers are finished, because a tracker's hooks may come back here.
 
-use super::agent::{backend_args, create_agent, failed, place_of, register};
-use super::job::{Active, GRACE, Prepared, Step, Tools};
+use super::agent::{create_agent, failed};
+use super::job::{Active, GRACE, Prepared, Step, Tools, Way};
 use super::link::Remote;
 use super::plan::Descriptor;
-use super::wire::Ticket;
+use super::regions::Regions;
+use super::staged::Slots;
 use crate::config::NixlConfig;
 use crate::{Error, Memory, Result};
 use crossbeam::queue::SegQueue;
 use kvxfer_proto::{ErrorCode, RegionId, TransferId};
-use nixl_sys::{Agent, Backend, MemType, NotificationMap, RegDescList, RegistrationHandle, XferRequest};
+use nixl_sys::{Agent, Backend, MemType, NotificationMap, RegDescList, XferRequest};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Longest single registration: larger ones are slower on some NICs.
-pub(super) const SLICE: u64 = 7 << 29;
 /// A waiter that found nothing to do within this time goes to sleep and leaves the rest to the progress thread.
 const ASSIST_WAIT: Duration = Duration::from_micros(500);
 /// Longest wait of a waiter for the lock; a request over CMA is copied within it.
@@ -58,8 +57,8 @@ pub(super) struct Engine {
     /// Name of the NIXL agent: unique among all agents that may meet.
     pub(super) name: String,
     state: Mutex<Option<State>>,
-    /// Regions that are registered, readable without waiting for a driver.
-    known: RwLock<HashMap<RegionId, Arc<[u8]>>>,
+    /// Regions and their tickets, readable without waiting for a driver.
+    known: RwLock<HashMap<RegionId, Known>>,
     /// Submitted and not yet seen by a driver.
     inbox: SegQueue<Active>,
     /// Jobs not finished.
@@ -68,6 +67,8 @@ pub(super) struct Engine {
     /// Those of them whose peers need help.
     helped: AtomicUsize,
     closing: AtomicBool,
+    /// The log has said that device memory is not registered.
+    told: AtomicBool,
     origin: Instant,
     /// Threads inside [`Engine::assist`].
     waiters: AtomicUsize,
@@ -81,8 +82,8 @@ struct State {
     active: Vec<Active>,
     retired: Vec<XferRequest>,
     prepared: Prepared,
-    ranges: HashMap<(usize, usize), Range>,
-    regions: HashMap<RegionId, (usize, usize)>,
+    regions: Regions,
+    slots: Slots,
     /// Memory of transfers whose connection was given up: NIXL may still look at it.
     limbo: Vec<Arc<Memory>>,
     greetings: HashMap<Session, Greeting>,
@@ -91,11 +92,12 @@ struct State {
     agent: Agent,
 }
 
-/// Registered memory; equal ranges of several regions share it, because NIXL tells registrations apart by range only.
-struct Range {
-    handles: Vec<RegistrationHandle>,
-    _memory: Arc<Memory>,
-    users: usize,
+/// What has become of a region.
+enum Known {
+    /// Registered; its ticket.
+    Registered(Arc<[u8]>),
+    /// A device's, which the backends do not take.
+    Staged,
 }
 
 #[derive(Default)]
@@ -116,8 +118,8 @@ impl Engine {
             active: Vec::new(),
             retired: Vec::new(),
             prepared: Prepared::default(),
-            ranges: HashMap::new(),
-            regions: HashMap::new(),
+            regions: Regions::default(),
+            slots: Slots::new(config.staging_depth),
             limbo: Vec::new(),
             greetings: HashMap::new(),
             scratch: Vec::new(),
@@ -133,6 +135,7 @@ impl Engine {
             links: AtomicUsize::new(0),
             helped: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
+            told: AtomicBool::new(false),
             waiters: AtomicUsize::new(0),
             origin: Instant::now(),
             assisted: AtomicU64::new(0),
@@ -142,66 +145,55 @@ impl Engine {
 
     // ---- memory ----
 
-    /// Registers a region's memory; once is enough.
+    /// Registers a region's memory; once is enough. A device's that no backend takes will go through slots.
     pub(super) fn register(&self, region: RegionId, memory: &Arc<Memory>) -> Result<()> {
         self.with(|state| {
-            if state.regions.contains_key(&region) {
+            if self.known.read().contains_key(&region) {
                 return Ok(());
             }
-            let key = (memory.as_ptr() as usize, memory.len());
-            if !state.ranges.contains_key(&key) {
-                let mut handles = Vec::new();
-                for (address, len) in slices(key) {
-                    handles.push(register(&state.agent, &state.backends, memory, (address, len))?);
-                }
-                state.ranges.insert(key, Range { handles, _memory: Arc::clone(memory), users: 0 });
-            }
-            let ticket = state.ticket(&self.name, memory, key);
-            let range = state
-                .ranges
-                .get_mut(&key)
-                .ok_or_else(|| Error::NotFound { what: "nixl registration", name: format!("{key:?}") })?;
-            match ticket {
-                Ok(ticket) => {
-                    range.users += 1;
-                    state.regions.insert(region, key);
-                    self.known.write().insert(region, ticket.into());
-                    Ok(())
-                }
-                Err(e) => {
-                    if range.users == 0 {
-                        state.ranges.remove(&key);
+            let known = match state.regions.register(&state.agent, &state.backends, &self.name, region, memory) {
+                Ok(ticket) => Known::Registered(ticket.into()),
+                Err(e) if memory.is_device() => {
+                    // Said once where everybody sees it: a NIC that could read the device is faster.
+                    if self.told.swap(true, Ordering::Relaxed) {
+                        tracing::debug!(%region, error = %e, "goes through pinned memory");
+                    } else {
+                        tracing::warn!(%region, error = %e, "NIXL's transfers of device memory go through pinned memory");
                     }
-                    Err(e)
+                    Known::Staged
                 }
-            }
+                Err(e) => return Err(e),
+            };
+            self.known.write().insert(region, known);
+            Ok(())
         })
     }
 
-    /// The bytes of a registered region's ticket.
+    /// The bytes of a region's ticket; none of one that the backends do not take.
     pub(super) fn ticket(&self, region: RegionId) -> Option<Arc<[u8]>> {
-        self.known.read().get(&region).cloned()
+        match self.known.read().get(&region)? {
+            Known::Registered(ticket) => Some(Arc::clone(ticket)),
+            Known::Staged => None,
+        }
     }
 
-    pub(super) fn is_registered(&self, region: RegionId) -> bool {
-        self.known.read().contains_key(&region)
+    /// How transfers from and to a region go; `None` when it was never registered.
+    pub(super) fn way(&self, region: RegionId) -> Option<Way> {
+        self.known.read().get(&region).map(|known| match known {
+            Known::Registered(_) => Way::Direct,
+            Known::Staged => Way::Staged,
+        })
     }
 
     pub(super) fn deregister(&self, region: RegionId) {
         self.known.write().remove(&region);
         let mut guard = self.state.lock();
         let Some(state) = guard.as_mut() else { return };
-        let Some(key) = state.regions.remove(&region) else { return };
-        let Some(range) = state.ranges.get_mut(&key) else { return };
-        range.users -= 1;
-        if range.users == 0 {
+        if let Some(range) = state.regions.remove(region) {
             // Ended requests may refer to it.
             state.retired.clear();
             state.prepared.clear();
-            if let Some(range) = state.ranges.remove(&key) {
-                // The registration goes before the memory.
-                drop(range.handles);
-            }
+            drop(range);
         }
     }
 
@@ -257,11 +249,9 @@ impl Engine {
     }
 
     /// Drops a peer: its session, its metadata and the connection.
-    pub(super) fn disconnect(&self, name: &str, session: &Session) {
-        let mut guard = self.state.lock();
-        if let Some(state) = guard.as_mut() {
-            state.greetings.remove(session);
-            state.forget(name);
+    pub(super) fn disconnect(&self, remote: &Remote) {
+        if let Some(state) = self.state.lock().as_mut() {
+            state.leave(remote);
         }
     }
 
@@ -309,22 +299,13 @@ impl Engine {
         let Some(state) = guard.as_mut() else { return false };
         state.collect(&self.inbox);
         let Some(index) = state.active.iter().position(|a| a.job.transfer == transfer) else { return false };
-        let mut active = state.active.remove(index);
-        match state.step(&mut active, self.is_closing()) {
-            Step::Ended => {
-                let severed = state.after(&active);
-                let others = if severed { state.drive(self.is_closing()).0 } else { Vec::new() };
-                drop(guard);
-                self.finish(&active);
-                self.finish_all(&others);
-                true
-            }
-            step => {
-                let again = step == Step::Moved || active.waits() < ASSIST_WAIT;
-                state.active.insert(index, active);
-                again
-            }
-        }
+        let mut ended = Vec::new();
+        let step = state.turn_of(index, self.is_closing(), &mut ended);
+        let again = step != Step::Waiting || state.active[index].waits() < ASSIST_WAIT;
+        state.cut(self.is_closing(), &mut ended);
+        drop(guard);
+        self.finish_all(&ended);
+        again
     }
 
     /// Drives every job while something moves, for a moment at most; true when it should be called again.
@@ -481,11 +462,6 @@ impl Engine {
     }
 }
 
-/// The registrations a range of memory is cut into: address and length of each.
-fn slices((address, len): (usize, usize)) -> impl Iterator<Item = (usize, usize)> {
-    (0..len).step_by(SLICE as usize).map(move |at| (address + at, (len - at).min(SLICE as usize)))
-}
-
 impl State {
     fn collect(&mut self, inbox: &SegQueue<Active>) {
         while let Some(active) = inbox.pop() {
@@ -499,6 +475,7 @@ impl State {
             backends: &self.backends,
             retired: &mut self.retired,
             prepared: &mut self.prepared,
+            slots: &mut self.slots,
             scratch: &mut self.scratch,
             closing,
         })
@@ -507,50 +484,63 @@ impl State {
     /// One turn of every job: the ended ones, to be finished without the lock, and whether anything moved.
     fn drive(&mut self, closing: bool) -> (Vec<Active>, bool) {
         let mut ended = Vec::new();
-        let mut moved = false;
-        let mut severed = false;
-        let mut at = 0;
-        while at < self.active.len() {
-            let mut active = self.active.remove(at);
-            let step = self.step(&mut active, closing);
-            moved |= step != Step::Waiting;
-            if step == Step::Ended {
-                severed |= self.after(&active);
-                ended.push(active);
-            } else {
-                severed |= active.remote.severed();
-                self.active.insert(at, active);
-                at += 1;
-            }
-        }
-        if severed {
-            // What else runs over the same connection ends with it, before any of it is reported as finished.
-            let mut dropped = false;
-            for active in &mut self.active {
-                if active.drop_severed() {
-                    dropped = true;
-                    self.limbo.push(Arc::clone(&active.job.local));
-                }
-            }
-            if dropped || self.active.iter().any(|a| a.remote.severed()) {
-                ended.extend(self.drive(closing).0);
-            }
-        }
+        let moved = self.turn(closing, &mut ended);
+        self.cut(closing, &mut ended);
         (ended, moved)
     }
 
-    /// Bookkeeping of a job that has ended; true when its connection has been given up.
-    fn after(&mut self, active: &Active) -> bool {
-        let last = active.remote.job_ends();
-        let severed = active.remote.severed();
-        if severed {
-            self.limbo.push(Arc::clone(&active.job.local));
+    /// One turn of every job; true when anything moved.
+    fn turn(&mut self, closing: bool, ended: &mut Vec<Active>) -> bool {
+        let mut moved = false;
+        let mut at = 0;
+        while at < self.active.len() {
+            let step = self.turn_of(at, closing, ended);
+            moved |= step != Step::Waiting;
+            at += usize::from(step != Step::Ended);
         }
-        if last && (severed || active.remote.closed()) {
-            self.greetings.remove(&active.remote.session);
-            self.forget(&active.remote.nixl_name);
+        moved
+    }
+
+    /// One turn of one job, which is taken out when it has ended.
+    fn turn_of(&mut self, index: usize, closing: bool, ended: &mut Vec<Active>) -> Step {
+        let mut active = self.active.remove(index);
+        let step = self.step(&mut active, closing);
+        if step == Step::Ended {
+            self.after(&active);
+            ended.push(active);
+        } else {
+            self.active.insert(index, active);
         }
-        severed && !last
+        step
+    }
+
+    /// Gives up the connections whose requests do not end. What else runs over the same one ends with it, before any of it is reported
+    /// as finished.
+    fn cut(&mut self, closing: bool, ended: &mut Vec<Active>) {
+        let severed: Vec<_> =
+            self.active.iter().map(|a| &a.remote).filter(|r| r.to_be_cut()).cloned().collect();
+        for remote in &severed {
+            for active in self.active.iter_mut().filter(|a| Arc::ptr_eq(&a.remote, remote)) {
+                active.give_up(&mut self.slots, &mut self.limbo);
+            }
+            self.leave(remote);
+        }
+        if !severed.is_empty() {
+            self.turn(closing, ended);
+        }
+    }
+
+    /// Bookkeeping of a job that has ended.
+    fn after(&mut self, active: &Active) {
+        if active.remote.job_ends() && active.remote.closed() {
+            self.leave(&active.remote);
+        }
+    }
+
+    /// Drops a peer: its session, its metadata and the connection.
+    fn leave(&mut self, remote: &Remote) {
+        self.greetings.remove(&remote.session);
+        self.forget(&remote.nixl_name);
     }
 
     fn load(&mut self, name: &str, metadata: &[u8]) -> Result<()> {
@@ -570,29 +560,6 @@ impl State {
         self.prepared.clear();
         // An error means that NIXL did not know it (any more).
         let _ = self.agent.invalidate_remote_md(name);
-    }
-
-    fn ticket(&self, name: &str, memory: &Memory, key: (usize, usize)) -> Result<Vec<u8>> {
-        let (kind, device) = place_of(memory);
-        let mut list = RegDescList::new(kind).map_err(|e| failed("create_reg_dlist", &e))?;
-        for (address, len) in slices(key) {
-            list.add_desc(address, len, device);
-        }
-        let args = backend_args(&self.backends)?;
-        let metadata = self
-            .agent
-            .get_local_partial_md(&list, args.as_ref())
-            .map_err(|e| failed("get_local_partial_md", &e))?;
-        let ticket = Ticket {
-            name: name.to_owned(),
-            kind,
-            device,
-            address: key.0 as u64,
-            len: key.1 as u64,
-            slice: SLICE,
-            metadata,
-        };
-        Ok(ticket.encode())
     }
 
     /// Lets NIXL do what peers asked for and answers their greetings. Gives the time it took; a long one when a peer

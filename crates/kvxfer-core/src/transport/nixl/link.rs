@@ -1,7 +1,7 @@
 //! A connected peer: its imported regions, its state, and how it ends.
 
 use super::engine::{Engine, Session};
-use super::job::{Active, GRACE};
+use super::job::{Active, GRACE, Way};
 use super::wire::Ticket;
 use crate::transport::{Job, Link, RemoteKey, RemoteTicket, not_imported};
 use crate::{Error, Memory, Result};
@@ -46,8 +46,11 @@ pub(super) struct Remote {
     closed: AtomicBool,
     /// The connection failed, with this code.
     broken: AtomicU16,
-    /// The connection is given up although requests had not ended.
+    /// The connection is given up although requests had not ended; and that has been done.
     severed: AtomicBool,
+    cut: AtomicBool,
+    /// Slots that its transfers have.
+    slots: AtomicUsize,
 }
 
 /// Imported regions.
@@ -99,6 +102,8 @@ impl Remote {
             closed: AtomicBool::new(false),
             broken: AtomicU16::new(0),
             severed: AtomicBool::new(false),
+            cut: AtomicBool::new(false),
+            slots: AtomicUsize::new(0),
         }
     }
     pub(super) fn job_begins(&self) {
@@ -120,6 +125,19 @@ impl Remote {
     pub(super) fn sever(&self) {
         self.failed();
         self.severed.store(true, Ordering::Release);
+    }
+    /// Whether the connection is to be given up now: true once.
+    pub(super) fn to_be_cut(&self) -> bool {
+        self.severed() && !self.cut.swap(true, Ordering::AcqRel)
+    }
+    pub(super) fn slots(&self) -> usize {
+        self.slots.load(Ordering::Acquire)
+    }
+    pub(super) fn slot_taken(&self) {
+        self.slots.fetch_add(1, Ordering::AcqRel);
+    }
+    pub(super) fn slot_given_back(&self) {
+        self.slots.fetch_sub(1, Ordering::AcqRel);
     }
     fn broken(&self) -> Option<ErrorCode> {
         match self.broken.load(Ordering::Acquire) {
@@ -201,6 +219,10 @@ impl NixlLink {
         Ok(())
     }
 
+    fn import_of(&self, key: RemoteKey) -> Result<Arc<Import>> {
+        self.imports.lock().regions.get(&key).cloned().ok_or_else(|| not_imported(key))
+    }
+
     fn usable(&self) -> Result<()> {
         match self.remote.ended() {
             Some((code, text)) => Err(Error::failed(code, text)),
@@ -238,21 +260,26 @@ impl Link for NixlLink {
         self.imports.lock().regions.remove(&key);
     }
 
-    /// Device memory that was registered before NIXL started may have been refused since.
-    fn carries(&self, region: RegionId, local: &Memory, _remote: RemoteKey) -> bool {
-        !local.is_device() || self.engine.is_registered(region)
+    /// From and to a device that the backends do not take: host memory of the peer's.
+    fn carries(&self, region: RegionId, local: &Memory, remote: RemoteKey) -> bool {
+        !local.is_device()
+            || match self.engine.way(region) {
+                None => false,
+                Some(Way::Direct) => true,
+                Some(Way::Staged) => self.import_of(remote).is_ok_and(|i| i.kind == MemType::Dram),
+            }
     }
 
     fn submit(&self, job: Job) -> Result<()> {
         self.usable()?;
-        let import =
-            self.imports.lock().regions.get(&job.remote).cloned().ok_or_else(|| not_imported(job.remote))?;
-        if !self.engine.is_registered(job.local_region) {
-            return Err(Error::NotFound { what: "local region", name: job.local_region.to_string() });
-        }
+        let import = self.import_of(job.remote)?;
+        let way = self
+            .engine
+            .way(job.local_region)
+            .ok_or_else(|| Error::NotFound { what: "local region", name: job.local_region.to_string() })?;
         let at_once = job.pieces.len() <= AT_ONCE_PIECES
             && job.pieces.iter().map(|p| p.len).sum::<u64>() <= self.inline_bytes;
-        self.engine.submit(Active::new(job, Arc::clone(&self.remote), import), at_once);
+        self.engine.submit(Active::new(job, Arc::clone(&self.remote), import, way), at_once);
         Ok(())
     }
 
@@ -269,7 +296,7 @@ impl Link for NixlLink {
         self.remote.closed.store(true, Ordering::Release);
         self.engine.settle(&self.remote, Instant::now() + CLOSE_WAIT.min(GRACE));
         if self.remote.jobs() == 0 {
-            self.engine.disconnect(&self.remote.nixl_name, &self.remote.session);
+            self.engine.disconnect(&self.remote);
         }
         let mut imports = self.imports.lock();
         imports.regions.clear();

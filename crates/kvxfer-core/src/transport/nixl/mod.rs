@@ -24,6 +24,10 @@ mod plan;
 #[cfg(feature = "nixl")]
 mod probe;
 #[cfg(feature = "nixl")]
+mod regions;
+#[cfg(feature = "nixl")]
+mod staged;
+#[cfg(feature = "nixl")]
 mod symbols;
 #[cfg(feature = "nixl")]
 mod transport;

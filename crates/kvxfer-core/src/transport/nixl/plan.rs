@@ -39,17 +39,21 @@ pub(super) struct Descriptor {
     pub len: u64,
 }
 
+/// What bounds a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Most bytes.
+    pub bytes: u64,
+    /// Lengths of registrations on both sides.
+    pub local_slice: u64,
+    pub remote_slice: u64,
+}
+
 /// Fills `out` with the next request's descriptors and moves the cursor behind them. Empty at the end.
-/// `local_slice` and `remote_slice` are the lengths of registrations on both sides.
-pub(super) fn next_request(
-    pieces: &[Piece],
-    cursor: &mut Cursor,
-    local_slice: u64,
-    remote_slice: u64,
-    out: &mut Vec<Descriptor>,
-) {
+pub(super) fn next_request(pieces: &[Piece], cursor: &mut Cursor, limits: Limits, out: &mut Vec<Descriptor>) {
+    let Limits { bytes, local_slice, remote_slice } = limits;
     out.clear();
-    let mut room = MAX_BYTES;
+    let mut room = bytes;
     while room > 0 {
         let Some(piece) = pieces.get(cursor.piece) else { return };
         let local = piece.local_offset + cursor.offset;
@@ -83,7 +87,8 @@ mod tests {
     fn plan(pieces: &[Piece], local_slice: u64, remote_slice: u64) -> Vec<Vec<Descriptor>> {
         let (mut cursor, mut out, mut requests) = (Cursor::default(), Vec::new(), Vec::new());
         loop {
-            next_request(pieces, &mut cursor, local_slice, remote_slice, &mut out);
+            let limits = Limits { bytes: MAX_BYTES, local_slice, remote_slice };
+            next_request(pieces, &mut cursor, limits, &mut out);
             if out.is_empty() {
                 assert_eq!(cursor, Cursor { piece: pieces.len(), offset: 0 });
                 return requests;

@@ -32,6 +32,8 @@ const GREETING: Duration = Duration::from_secs(3);
 /// that has a region's ticket may read and write it until the region is deregistered, whatever was exported, and UCX's
 /// listeners accept connections from anybody who can reach their ports; use it in a trusted network. Arrival is not
 /// checked below the channels: integrity `full` of a one-sided transfer is what the plug-in's wire protocol gives.
+///
+/// A device's memory that the backends do not take is a local side all the same (`staged`), but no remote one: it has no ticket.
 pub struct NixlTransport {
     /// Name of the NIXL agent, unique among all that may meet.
     name: String,
@@ -61,6 +63,13 @@ impl NixlTransport {
     /// Fails with [`ErrorCode::NotAvailable`] when NIXL is not there; when the configuration asks for NIXL, also when
     /// it is not fit or a backend cannot be made.
     pub fn new(name: &AgentName, epoch: Epoch, config: &AgentConfig) -> Result<Arc<Self>> {
+        let depth = config.nixl.staging_depth;
+        if !(1..=64).contains(&depth) {
+            return Err(Error::InvalidArgument {
+                argument: "nixl.staging_depth",
+                problem: format!("{depth} is not within 1 to 64"),
+            });
+        }
         let asked_for = config.nixl.same_host || config.transports.allow.contains(&TransportKind::Nixl);
         let transport = Arc::new(Self {
             name: format!("{name}/{epoch}"),
@@ -93,13 +102,7 @@ impl NixlTransport {
             let library = find::load(&self.config)?;
             let engine = Engine::new(self.name.clone(), &self.config)?;
             for (id, memory) in regions.iter() {
-                match engine.register(*id, memory) {
-                    // Backends for host memory only: other memory goes other ways (`Link::carries`).
-                    Err(e) if memory.is_device() => {
-                        tracing::debug!(region = %id, error = %e, "not registered");
-                    }
-                    other => other?,
-                }
+                engine.register(*id, memory)?;
             }
             let _ = self.running.set(Running { engine, library, rdma: rdma_here() });
         }

@@ -69,12 +69,12 @@ impl Scatter {
 
     /// Starts to bring the device's bytes into the slot; `None` for host memory, which is ready.
     pub(super) fn fill(&self, then: Then) -> crate::Result<Option<Landing>> {
-        self.device.as_ref().map(|d| d.slot.fill(&d.memory, &d.ranges, then)).transpose()
+        self.device.as_ref().map(|d| d.slot.fill(&d.memory, &d.ranges, Some(then))).transpose()
     }
 
     /// Starts to take what has arrived in the slot to the device; `None` for host memory, where it is already.
     pub(super) fn land(&self, then: Then) -> crate::Result<Option<Landing>> {
-        self.device.as_ref().map(|d| d.slot.empty(&d.memory, &d.ranges, then)).transpose()
+        self.device.as_ref().map(|d| d.slot.empty(&d.memory, &d.ranges, Some(then))).transpose()
     }
 
     pub(super) fn is_staged(&self) -> bool {
