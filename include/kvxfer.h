@@ -890,6 +890,16 @@ kvxfer_result_t kvxfer_region_allocate_device(struct kvxfer_agent_t *agent,
                                               uint32_t shareable,
                                               struct kvxfer_region_t **region_out);
 
+// A peer's region as a region of this agent, where it lies in this process's address space (`shm`, `cuda_ipc`): host memory for a
+// `device` of -1, else that device's. Copies and kernels work on it as on memory of one's own; a gather to it is a gather and a write
+// in one pass. Nobody tells the peer when that has ended: notify it then, and stop before it takes its export back.
+// `KVXFER_NOT_AVAILABLE` when it is not there.
+kvxfer_result_t kvxfer_region_map(struct kvxfer_agent_t *agent,
+                                  const struct kvxfer_peer_t *peer,
+                                  const struct kvxfer_remote_region_t *remote,
+                                  int32_t device,
+                                  struct kvxfer_region_t **region_out);
+
 // Pins the region's host memory for CUDA devices, so that transfers between it and device memory need no copy in between. Takes
 // about a third of a second a gibibyte; again, or on device memory, it does nothing. Transfers do it themselves at first use: this
 // is for a moment when nobody waits.

@@ -3,8 +3,10 @@
     python channel_bench.py [--reps 5] [--channels nixl,kvxfer,kvxfer-pd] [--small | --lookup] [--json FILE]
 
 `nixl` and `kvxfer` are LMCache's `sync` backend over that channel, `nixl-async` and `kvxfer-async` its `async` one (LMCache's default,
-timed until its word to the proxy), `kvxfer-pd` is kvxfer's own. With kvxfer's own, one thread's memcpy of
-the same bytes is timed in the same process. `--small` sends requests of one chunk of 1 MiB instead, one after another. `--lookup`
+timed until its word to the proxy), `kvxfer-pd` is kvxfer's own with chunks that lie in
+the prefiller's pages already, as all the others have them, and `kvxfer-pd-place` the same where the engine fills the decoder's pages: timed
+is all but the filling, which every other channel has behind it, too. With kvxfer's own, one thread's memcpy of the same bytes is timed in
+the same process. `--small` sends requests of one chunk of 1 MiB instead, one after another. `--lookup`
 sends one chunk of one token (128 KiB) and times from its submission to the moment the decoder's lookup, asked all the time, finds it;
 what passes between the last byte's arrival and that hit is a part of it.
 
@@ -15,6 +17,8 @@ pages) is not timed. The receiver compares every chunk bit by bit.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -182,7 +186,7 @@ def child(role, channel, timed, rendezvous, ports):
         kv_dtype=torch.bfloat16,
         kv_shape=(LAYERS, 2, CHUNK, HEADS, HEAD_SIZE),
     )
-    own = channel == "kvxfer-pd"
+    own, in_place = channel.startswith("kvxfer-pd"), channel == "kvxfer-pd-place"
     asynchronous = own or channel.endswith("-async")
     if not own:
         settings["pd_backend_mode"] = "async" if asynchronous else "sync"
@@ -257,6 +261,17 @@ def child(role, channel, timed, rendezvous, ports):
         )
         seconds = []
         for rep in range(timed + 1):
+            spec.req_id = f"bench-{rep}"
+            keys = [key(rep, i) for i in range(len(LENGTHS))]
+            storing, before = contextlib.ExitStack(), 0.0
+            if in_place:
+                from kvxfer.lmcache.placing import KnownChunks, is_placed
+
+                ends = list(itertools.accumulate(LENGTHS))
+                known = KnownChunks(None, zip([0, *ends], ends, keys, strict=False))
+                started = time.perf_counter()
+                storing.enter_context(backend.storing(None, spec, None, known))
+                before = time.perf_counter() - started
             objects = []
             for i, n in enumerate(LENGTHS):
                 memory_object = backend.allocate(
@@ -266,9 +281,10 @@ def child(role, channel, timed, rendezvous, ports):
                     raise RuntimeError(f"the sender's buffer is full at chunk {i} of repetition {rep}")
                 raw(memory_object, n).copy_(content(rep, i, n))
                 objects.append(memory_object)
-            keys = [key(rep, i) for i in range(len(LENGTHS))]
-            started = time.perf_counter()
-            spec.req_id = f"bench-{rep}"
+            # The first request finds nobody connected.
+            if in_place and rep and not all(map(is_placed, objects)):
+                raise RuntimeError(f"repetition {rep}: a chunk has no place at the decoder")
+            started = time.perf_counter() - before
             done = backend.batched_submit_put_task(keys, objects, transfer_spec=spec)
             if told is None:
                 done[0].result(timeout=BLOCK_TIMEOUT_S)
@@ -276,6 +292,7 @@ def child(role, channel, timed, rendezvous, ports):
                 raise RuntimeError("no word that the cache has arrived")
             if rep > 0:
                 seconds.append(time.perf_counter() - started)
+            storing.close()
             for memory_object in objects:
                 memory_object.ref_count_down()
             print(f"sent {rep} {started!r}", file=peer, flush=True)
@@ -319,7 +336,7 @@ def main():
         seconds = measure(options.channels.split(","), options.reps, logs)
     lines, ratio = table(seconds)
     print("\n".join(lines))
-    if MEMCPY and not LOOKUP and "--small" not in sys.argv:
+    if MEMCPY and "kvxfer-pd" in seconds and not LOOKUP and "--small" not in sys.argv:
         ours = statistics.median(seconds["kvxfer-pd"])
         print(f"kvxfer-pd moves {statistics.median(MEMCPY) / ours:.2f} of what one thread's memcpy does")
     if len(seconds) > 1:

@@ -70,6 +70,15 @@ class LMCacheEngine:
 
     def lookup_unpin(self, lookup_id):
         pass
+
+    def is_healthy(self):
+        return True
+
+    def is_frozen(self):
+        return False
+
+    def _is_passive(self):
+        return False
 """,
     "lmcache/v1/storage_backend/pd_backend_async.py": """
 from lmcache.v1.transfer_channel import CreateTransferChannel

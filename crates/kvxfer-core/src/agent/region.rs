@@ -34,14 +34,8 @@ impl RegionInner {
     pub(crate) fn register_mapped(agent: &Arc<Inner>, mapping: Mapping) -> Result<Arc<Self>> {
         let id = RegionId(agent.id());
         let Mapping { memory, held } = mapping;
-        let mut region = Self {
-            agent: agent.clone(),
-            id,
-            memory,
-            usable: Vec::new(),
-            refused: Vec::new(),
-            _held: held,
-        };
+        let mut region =
+            Self { agent: agent.clone(), id, memory, usable: Vec::new(), refused: Vec::new(), _held: held };
         for slot in &agent.slots {
             let registered = if region.memory.is_device() && !slot.caps.device_memory {
                 Err(Error::failed(ErrorCode::Unsupported, "moves host memory only, this is a GPU's"))

@@ -60,10 +60,10 @@ class Places(MemoryAllocatorInterface):
         shapes, dtypes = _as_lists(shapes, dtypes)
         size = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
         if size != place.length:
-            raise ValueError(f"LMCache allocates {size} bytes for chunk {at} of a store, which was named with {place.length}")
-        metadata = MemoryObjMetadata(
-            shapes[0], dtypes[0], place.address, size, 1, 0, fmt, shapes=shapes, dtypes=dtypes
-        )
+            raise ValueError(
+                f"LMCache allocates {size} bytes for chunk {at} of a store, which was named with {place.length}"
+            )
+        metadata = MemoryObjMetadata(shapes[0], dtypes[0], place.address, size, 1, 0, fmt, shapes=shapes, dtypes=dtypes)
         placed = TensorMemoryObj(_tensor(place, self._device), metadata, self)
         placed.kvxfer_placed = True
         return placed
@@ -108,7 +108,10 @@ class _OnDevice:
 def _tensor(place: Place, device: str) -> torch.Tensor:
     if device == "cpu":
         return tensor_over(place.address, place.length)
-    return torch.as_tensor(_OnDevice(place), device=device)
+    tensor = torch.as_tensor(_OnDevice(place), device=device)
+    if tensor.data_ptr() != place.address:
+        raise RuntimeError(f"torch made a copy of {place} on {tensor.device}: bytes would not get to the decoder")
+    return tensor
 
 
 def _as_lists(shapes: Any, dtypes: Any) -> tuple[list[torch.Size], list[torch.dtype]]:
