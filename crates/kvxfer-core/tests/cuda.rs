@@ -18,6 +18,8 @@ mod memory;
 mod processes;
 #[path = "cuda/raw.rs"]
 mod raw;
+#[path = "cuda/standin.rs"]
+mod standin;
 
 /// The other process of `processes`.
 #[test]
@@ -50,6 +52,7 @@ scenarios! {
     copies::kernels_that_do_not_load_are_replaced_by_copies [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
     copies::sockets [KVXSTANDIN_DELAY_US = "200"];
     copies::sockets_and_a_failing_device [KVXSTANDIN_DELAY_US = "50"];
+    copies::streams_and_kernels_are_made_once;
     copies::scattered_blocks_of_a_whole_prompt;
     copies::nothing_is_read_before_the_fence [KVXSTANDIN_DEVICES = "1"];
     copies::other_transports_wait_for_the_fence [KVXSTANDIN_DEVICES = "1"];

@@ -2,12 +2,12 @@
 
 use super::device::Device;
 use super::driver::{self, check, check_drop};
-use super::engine::Engine;
+use super::engine::{Engine, Kept};
 use super::stream::Stream;
 use super::vmm::Mapped;
 use crate::{Error, Result};
 use cudarc::driver::sys::{self, CUpointer_attribute as A, CUresult};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 /// A range of a device's memory.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub(crate) struct Block {
     len: usize,
     /// For reads and writes of single runs; made when first wanted.
     stream: OnceLock<Stream>,
+    engine: Kept,
     owner: Owner,
 }
 
@@ -59,8 +60,14 @@ impl Block {
             sys::cuMemAlloc_v2(&raw mut base, len)
         })?;
         drop(here);
-        let block =
-            Self { device: device.clone(), base, len, stream: OnceLock::new(), owner: Owner::Allocated };
+        let block = Self {
+            device: device.clone(),
+            base,
+            len,
+            stream: OnceLock::new(),
+            engine: Kept::default(),
+            owner: Owner::Allocated,
+        };
         block.clear()?;
         Ok(block)
     }
@@ -70,7 +77,14 @@ impl Block {
         let mapped = Mapped::create(device, len)?;
         let base = mapped.base();
         let owner = Owner::Shareable(mapped);
-        let block = Self { device: device.clone(), base, len, stream: OnceLock::new(), owner };
+        let block = Self {
+            device: device.clone(),
+            base,
+            len,
+            stream: OnceLock::new(),
+            engine: Kept::default(),
+            owner,
+        };
         block.clear()?;
         Ok(block)
     }
@@ -117,7 +131,14 @@ impl Block {
                 })?;
             known = next.end();
         }
-        Ok(Self { device, base, len, stream: OnceLock::new(), owner: Owner::Foreign })
+        Ok(Self {
+            device,
+            base,
+            len,
+            stream: OnceLock::new(),
+            engine: Kept::default(),
+            owner: Owner::Foreign,
+        })
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -132,6 +153,11 @@ impl Block {
             Owner::Shareable(m) => Some(m),
             _ => None,
         }
+    }
+
+    /// What copies on its device.
+    pub(crate) fn engine(&self) -> Result<Arc<Engine>> {
+        self.engine.get(&self.device)
     }
 
     fn stream(&self) -> Result<&Stream> {
@@ -168,7 +194,7 @@ impl Block {
         }
         let sources: Vec<_> = runs.iter().map(|(offset, len)| (self.base + offset, *len)).collect();
         // SAFETY: the runs lie inside this block, which lives until the call has returned.
-        unsafe { Engine::of(&self.device)?.collect(&sources, out) }
+        unsafe { self.engine()?.collect(&sources, out) }
     }
 
     fn copy(&self, to: u64, from: u64, len: usize) -> Result<()> {

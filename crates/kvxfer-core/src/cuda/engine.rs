@@ -79,11 +79,15 @@ pub(super) struct Scratch {
 // SAFETY: two addresses and their owner; only the flight that holds it writes there.
 unsafe impl Send for Scratch {}
 
+/// The engine of a device, held by whoever has memory there: streams, kernels and scratch are made once, not for each transfer.
+#[derive(Debug, Default)]
+pub(super) struct Kept(OnceLock<Arc<Engine>>);
+
 static ENGINES: LazyLock<Mutex<HashMap<i32, Weak<Engine>>>> = LazyLock::new(Mutex::default);
 
 impl Engine {
-    /// The engine of a device; all agents of a process share it.
-    pub(crate) fn of(device: &Device) -> Result<Arc<Self>> {
+    /// The engine of a device; all agents of a process share it. It goes with its last holder: ask the memory for it, which holds it.
+    fn of(device: &Device) -> Result<Arc<Self>> {
         let mut known = ENGINES.lock();
         if let Some(engine) = known.get(&device.ordinal()).and_then(Weak::upgrade) {
             return Ok(engine);
@@ -309,6 +313,22 @@ impl Engine {
     /// Runs `then` when stream `stream` has done what it was given so far.
     pub(crate) fn when_done(&self, stream: usize, then: Box<dyn FnOnce() + Send>) -> Result<()> {
         self.streams[stream % STREAMS].when_done(then)
+    }
+}
+
+impl Kept {
+    pub(super) fn get(&self, device: &Device) -> Result<Arc<Engine>> {
+        if let Some(engine) = self.0.get() {
+            return Ok(engine.clone());
+        }
+        let engine = Engine::of(device)?;
+        Ok(self.0.get_or_init(|| engine).clone())
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Engine").field(&self.device).finish()
     }
 }
 

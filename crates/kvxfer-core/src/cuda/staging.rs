@@ -5,7 +5,7 @@
 //! pool that grows with demand (a link bounds what it has under way) and lie on the device's NUMA node.
 
 use super::device::Device;
-use super::engine::{Engine, Flight, Move};
+use super::engine::{Flight, Move};
 use crate::memory::{HugePages, near_node};
 use crate::{Memory, Result};
 use parking_lot::Mutex;
@@ -74,7 +74,7 @@ impl Slot {
 
     fn start(&self, far: &Arc<Memory>, ranges: &[(u64, u32)], fill: bool, then: Then) -> Result<Landing> {
         let near = &self.memory;
-        let device = far.on_device().ok_or_else(|| {
+        let block = far.block().ok_or_else(|| {
             crate::Error::failed(kvxfer_proto::ErrorCode::Unsupported, "not a GPU's memory")
         })?;
         let total: u64 = ranges.iter().map(|r| u64::from(r.1)).sum();
@@ -88,7 +88,7 @@ impl Slot {
             at += len;
             Move { src, dst, len }.append_to(&mut moves);
         }
-        let engine = Engine::of(device)?;
+        let engine = block.engine()?;
         let stream = engine.pick();
         // SAFETY: both sides were range-checked; the landing keeps the device's, whoever holds it keeps the slot, and its end is awaited
         // when it is dropped.

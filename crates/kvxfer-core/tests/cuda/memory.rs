@@ -1,7 +1,7 @@
 //! Kinds of memory, and what cannot be had.
 #![expect(unsafe_code, reason = "foreign memory is registered by promise")]
 
-use crate::raw;
+use crate::{raw, standin};
 use kvxfer_core::cuda::{self, Device};
 use kvxfer_core::memory::{HugePages, MemoryKind};
 use kvxfer_core::{Agent, ErrorCode, Memory, TransportKind};
@@ -134,34 +134,20 @@ pub(crate) fn a_failing_step_leaks_nothing() {
         "cuMemSetAccess",
         "cuMemsetD8Async",
     ] {
-        standin_fails_next(call);
+        standin::fails(call, 1);
         let e = Memory::device_shareable(&device, 1 << 20).unwrap_err();
         assert!(e.to_string().contains(call) && e.to_string().contains("CUDA_ERROR_UNKNOWN"), "{e}");
     }
     for call in ["cuMemAlloc_v2", "cuMemsetD8Async", "cuStreamCreateWithPriority", "cuStreamSynchronize"] {
-        standin_fails_next(call);
+        standin::fails(call, 1);
         let e = Memory::device(&device, 1 << 20).unwrap_err();
         assert!(e.to_string().contains(call.trim_end_matches("_v2")), "{e}");
     }
     let host = Memory::shared(4096, HugePages::Never).unwrap();
-    standin_fails_next("cuMemHostRegister_v2");
+    standin::fails("cuMemHostRegister_v2", 1);
     assert!(host.pin().unwrap_err().to_string().contains("cuMemHostRegister of 4096 bytes"));
     assert!(!host.is_pinned());
     host.pin().unwrap();
-}
-
-/// The next call of that name fails with `CUDA_ERROR_UNKNOWN`.
-pub(crate) fn standin_fails_next(call: &str) {
-    // SAFETY: the stand-in is loaded already, by that name; its functions take and give what is written here.
-    unsafe {
-        let driver = libloading::Library::new("libcuda.so.1").unwrap();
-        let calls =
-            driver.get::<unsafe extern "C" fn(*const std::ffi::c_char) -> i64>(b"kvxstandin_calls").unwrap();
-        let fail = driver.get::<unsafe extern "C" fn(*const std::ffi::c_char)>(b"kvxstandin_fail").unwrap();
-        let name = std::ffi::CString::new(call).unwrap();
-        let plan = std::ffi::CString::new(format!("{call}:{}:999", calls(name.as_ptr()) + 1)).unwrap();
-        fail(plan.as_ptr());
-    }
 }
 
 /// What an agent says of `cuda_ipc`, and that it works without.
