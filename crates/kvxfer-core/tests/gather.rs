@@ -6,6 +6,8 @@ mod harness;
 #[expect(dead_code, reason = "only streams are needed here")]
 #[path = "cuda/raw.rs"]
 mod raw;
+#[path = "cuda/standin.rs"]
+mod standin;
 
 #[path = "common/mod.rs"]
 mod common;
@@ -41,6 +43,8 @@ scenarios! {
     the_peer_gets_it_in_one_pass;
     pinned_host_memory_and_what_is_not_reached;
     a_fence_is_kept;
+    kernels_between_devices_touch_no_host_memory;
+    a_failing_step_is_an_error_and_leaves_nothing [KVXSTANDIN_DEVICES = "1"];
     without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
 }
 
@@ -330,6 +334,74 @@ fn a_fence_is_kept() {
     // Dropped without waiting: its end is awaited all the same.
     drop(gather.start(None, true).unwrap());
     drop(chunk);
+}
+
+/// Tables and numbers lie on the device while a kernel runs, and what holds them is made once.
+fn kernels_between_devices_touch_no_host_memory() {
+    use kvxfer_core::cuda::Fence;
+    let mut random = Random(20);
+    let layout = Layout::paged(Order::KvFirst, true, 6, 16, 2, 64);
+    let source = Tokens::Blocks { ids: random.shuffled(6), first: 3 };
+    let slots: Vec<i64> = random.shuffled(6 * 16).into_iter().map(i64::from).take(80).collect();
+    let a = paged(layout, 3, 0, &mut random, source);
+    let b = paged(layout, 3, 0, &mut random, Tokens::Slots(slots));
+    let before = standin::kernel_host_accesses();
+    check(a.clone(), b.clone(), 80, "blocks to slots");
+    assert_eq!(standin::kernel_host_accesses(), before, "a kernel reached over to the host");
+
+    let gather = Gather::new(a, b, 80).unwrap();
+    let once = ["cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreateWithPriority", "cuModuleLoadDataEx"];
+    let made = || once.map(standin::calls);
+    let first = made();
+    for _ in 0..20 {
+        gather.start(None, true).unwrap().wait(SOON).unwrap();
+    }
+    assert_eq!(made(), first, "the second gather takes what the first one used");
+    // Many at a time need one each, of which a few are kept.
+    let live = || ["allocations", "pinned allocations"].map(standin::live);
+    let before = live();
+    let stream = raw::Stream::new(0);
+    stream.sleep(200);
+    #[expect(unsafe_code, reason = "a fence takes a stream by its address")]
+    // SAFETY: the stream lives until the end of the test.
+    let fence = unsafe { Fence::of_stream(0, stream.address()) }.unwrap();
+    let started: Vec<_> = (0..40).map(|_| gather.start(Some(&fence), true).unwrap()).collect();
+    assert!(!fence.is_done().unwrap(), "40 submissions waited for the device");
+    for mut one in started {
+        one.wait(SOON).unwrap();
+    }
+    for (now, before) in live().into_iter().zip(before).filter_map(|(n, b)| n.zip(b)) {
+        assert!(now < before + 16, "{now} allocations, {before} before");
+    }
+    stream.end();
+}
+
+/// Whichever call of a gather fails, the gather fails with its name, and the next one is right.
+fn a_failing_step_is_an_error_and_leaves_nothing() {
+    let mut random = Random(21);
+    let layout = Layout::paged(Order::KvFirst, false, 4, 16, 2, 64);
+    let pages = paged(layout, 130, 0, &mut random, Tokens::Blocks { ids: vec![1, 0, 3, 2], first: 0 });
+    let chunk = View::chunk(device(2 * 130 * 60 * 128), 0, 130, 60, 2, 64);
+    let gather = Gather::new(pages.clone(), chunk.clone(), 60).unwrap();
+    // The first one makes what the others use again. Tables go there and numbers come back, with three launches in between.
+    for (call, n) in [
+        ("cuMemHostAlloc", 1),
+        ("cuMemAlloc_v2", 1),
+        ("cuMemcpyAsync", 1),
+        ("cuLaunchKernel", 1),
+        ("cuLaunchKernel", 3),
+        ("cuMemcpyAsync", 2),
+        ("cuEventRecord", 1),
+    ] {
+        standin::fails(call, n);
+        let e = gather.start(None, true).unwrap_err().to_string();
+        let name =
+            if call == "cuLaunchKernel" { "launch of kvx_paged" } else { call.trim_end_matches("_v2") };
+        assert!(e.contains(name) && e.contains("CUDA_ERROR_UNKNOWN"), "{call}: {e}");
+        if n > 1 || call == "cuEventRecord" {
+            check(pages.clone(), chunk.clone(), 60, call);
+        }
+    }
 }
 
 /// The kernels do not load: bytes, surroundings and digest are the same.
