@@ -44,6 +44,7 @@ scenarios! {
     pinned_host_memory_and_what_is_not_reached;
     a_fence_is_kept;
     kernels_between_devices_touch_no_host_memory;
+    skipped_tokens_count_once [KVXSTANDIN_DEVICES = "1"];
     a_failing_step_is_an_error_and_leaves_nothing [KVXSTANDIN_DEVICES = "1"];
     without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
 }
@@ -374,6 +375,45 @@ fn kernels_between_devices_touch_no_host_memory() {
         assert!(now < before + 16, "{now} allocations, {before} before");
     }
     stream.end();
+}
+
+/// The tables on the device are damaged by somebody: what cannot be found is left out, and each token counts once, however many layers,
+/// planes, heads and launches there are, and whichever side lacks it.
+fn skipped_tokens_count_once() {
+    const LOST: u32 = 0x7fff_ffff;
+    let mut random = Random(22);
+    // Words of the kernel's parameters: the tables of both sides.
+    let (from_table, to_table) = (0, 568 / 8);
+    for (layers, heads_first, head_bytes) in [(130, false, 64), (3, true, 64), (3, true, 24), (1, false, 8)] {
+        let layout = Layout::paged(Order::KvFirst, heads_first, 6, 8, 2, head_bytes);
+        let a = paged(layout, layers, 0, &mut random, Tokens::Blocks { ids: random_table(6), first: 3 });
+        let slots: Vec<i64> = random.shuffled(48).into_iter().map(i64::from).take(40).collect();
+        let b = paged(layout, layers, 0, &mut random, Tokens::Slots(slots));
+        let (source, mut expected) = (all(&a.memory), all(&b.memory));
+        let gather = Gather::new(a.clone(), b.clone(), 40).unwrap();
+        // Tokens 5 to 12 lie in the table's second block; a slot's upper half makes it one that there is not.
+        standin::poke(from_table, 4, LOST);
+        for token in [0, 7, 39] {
+            standin::poke(to_table, 8 * token + 4, LOST);
+        }
+        let lost = |token: u32| (5..13).contains(&token) || [0, 39].contains(&token);
+        let error = gather.start(None, true).unwrap().wait(SOON).unwrap_err();
+        standin::poke_no_more();
+        assert_eq!(error.code(), ErrorCode::Corrupt);
+        assert!(
+            error.to_string().contains("10 of 40 tokens named blocks that do not exist"),
+            "{layers} layers: {error}"
+        );
+        for (plane, layer) in (0..2).flat_map(|p| (0..layers as usize).map(move |l| (p, l))) {
+            for (token, head) in (0..40).filter(|t| !lost(*t)).flat_map(|t| [(t, 0), (t, 1)]) {
+                let len = head_bytes as usize;
+                let (at, to) = (place(&a, layer, plane, token, head), place(&b, layer, plane, token, head));
+                expected[to..to + len].copy_from_slice(&source[at..at + len]);
+            }
+        }
+        assert!(all(&b.memory) == expected, "{layers} layers: the other tokens, and nothing else");
+        check(a, b, 40, "the same again, undamaged");
+    }
 }
 
 /// Whichever call of a gather fails, the gather fails with its name, and the next one is right.

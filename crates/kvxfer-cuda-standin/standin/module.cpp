@@ -31,17 +31,18 @@ struct Poke {
   uint32_t value;
 };
 static std::vector<Poke> pokes;
+static std::mutex poking;
 // Before each later launch, 4 bytes at `offset` from the address that is the first parameter's 8-byte word number `word`.
 API void kvxstandin_poke(size_t word, size_t offset, uint32_t value) {
-  std::lock_guard<std::mutex> hold(world());
+  std::lock_guard<std::mutex> hold(poking);
   pokes.push_back({word, offset, value});
 }
 API void kvxstandin_poke_no_more() {
-  std::lock_guard<std::mutex> hold(world());
+  std::lock_guard<std::mutex> hold(poking);
   pokes.clear();
 }
 static void poke(const std::string &parameter) {
-  std::lock_guard<std::mutex> hold(world());
+  std::lock_guard<std::mutex> hold(poking);
   for (const Poke &p : pokes) {
     uint64_t at;
     memcpy(&at, parameter.data() + 8 * p.word, 8);

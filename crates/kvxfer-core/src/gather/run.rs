@@ -137,10 +137,13 @@ impl Gathering {
         }
         let (digest, skipped) = self.paged.results();
         if skipped > 0 {
-            // The table was checked before; somebody changed what it lies in.
+            // The tables were checked before, and what the kernel reads is a copy of our own.
             return Err(Error::failed(
                 ErrorCode::Corrupt,
-                format!("{skipped} tokens named blocks that do not exist"),
+                format!(
+                    "{skipped} of {} tokens named blocks that do not exist and were left out: something overwrote the tables in the device's memory (compute-sanitizer finds stray writes of kernels)",
+                    self.gather.tokens
+                ),
             ));
         }
         Ok(Gathered { bytes: self.gather.bytes(), digest: digest.or(self.by_host) })
