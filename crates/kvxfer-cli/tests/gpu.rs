@@ -103,7 +103,8 @@ fn the_doctor_tries_two_processes() {
     let refused = line(&output, "cuda-ipc-0-0");
     assert_eq!(refused["verdict"], "missing");
     assert!(refused["fix"].as_str().expect("fix").contains("--ipc=host"), "{refused}");
-    let Some(output) = kvxfer(&arguments, &[("KVXSTANDIN_FAIL", "cuModuleLoadDataEx:1:218")]) else { return };
+    let refused = [("KVXSTANDIN_FAIL", "cuModuleLoadDataEx:1:218"), ("KVXFER_NVRTC", "0")];
+    let Some(output) = kvxfer(&arguments, &refused) else { return };
     let device = line(&output, "cuda-device-0");
     assert_eq!(device["verdict"], "degraded");
     assert!(device["found"].as_str().expect("found").contains("CUDA_ERROR_INVALID_PTX"), "{device}");

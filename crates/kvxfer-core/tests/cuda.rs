@@ -49,7 +49,7 @@ scenarios! {
     copies::two_devices [KVXSTANDIN_DEVICES = "2"];
     copies::two_devices_that_do_not_reach_each_other [KVXSTANDIN_DEVICES = "2", KVXSTANDIN_NO_PEER = "1"];
     copies::a_driver_without_batched_copies [LD_LIBRARY_PATH = "old"];
-    copies::kernels_that_do_not_load_are_replaced_by_copies [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
+    copies::kernels_that_do_not_load_are_replaced_by_copies [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:0:218", KVXFER_NVRTC = "0"];
     copies::sockets [KVXSTANDIN_DELAY_US = "200"];
     copies::sockets_and_a_failing_device [KVXSTANDIN_DELAY_US = "50"];
     copies::streams_and_kernels_are_made_once;

@@ -46,7 +46,11 @@ scenarios! {
     kernels_between_devices_touch_no_host_memory;
     skipped_tokens_count_once [KVXSTANDIN_DEVICES = "1"];
     a_failing_step_is_an_error_and_leaves_nothing [KVXSTANDIN_DEVICES = "1"];
-    without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
+    without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:0:218", KVXFER_NVRTC = "0"];
+    a_driver_too_old_for_the_ptx_gets_machine_code [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:222", LD_LIBRARY_PATH = "nvrtc"];
+    a_compiler_that_is_asked_for_serves_a_driver_without_one [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:221,cuModuleLoadDataEx:2:221", KVXFER_NVRTC = "installed"];
+    kernels_compiled_because_it_is_asked_for [KVXFER_NVRTC = "installed"];
+    an_error_that_is_not_the_ptx_is_not_answered_by_compiling [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:2", LD_LIBRARY_PATH = "nvrtc"];
 }
 
 struct Random(u64);
@@ -444,10 +448,61 @@ fn a_failing_step_is_an_error_and_leaves_nothing() {
     }
 }
 
+/// What was kept in the cache folder, which is a new one.
+fn compiled() -> Vec<String> {
+    let folder = std::env::var_os("XDG_CACHE_HOME").unwrap();
+    let files = std::fs::read_dir(std::path::Path::new(&folder).join("kvxfer/ptx"));
+    let mut names: Vec<_> =
+        files.into_iter().flatten().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn one_gather() {
+    let mut random = Random(23);
+    let layout = Layout::paged(Order::KvFirst, false, 4, 16, 2, 64);
+    let pages = paged(layout, 2, 0, &mut random, Tokens::Blocks { ids: vec![1, 0, 3, 2], first: 0 });
+    check(pages, View::chunk(device(2 * 2 * 60 * 128), 0, 2, 60, 2, 64), 60, "one gather");
+}
+
+/// A gather by kernels, and that they were loaded at the `loads`-th attempt, from images kept with these beginnings and ends.
+fn kernels_run(loads: i64, kept: &[(&str, &str)]) {
+    one_gather();
+    assert!(standin::calls("cuLaunchKernel").unwrap() > 0, "no kernel ran");
+    assert_eq!(standin::calls("cuModuleLoadDataEx"), Some(loads));
+    let names = compiled();
+    let right = names.iter().zip(kept).all(|(n, (begin, end))| n.starts_with(begin) && n.ends_with(end));
+    assert!(right && names.len() == kept.len(), "{names:?} instead of {kept:?}");
+}
+
+/// The driver does not know the version of the shipped PTX; there is a compiler on the loader's path.
+fn a_driver_too_old_for_the_ptx_gets_machine_code() {
+    kernels_run(2, &[("sm_90-", ".cubin")]);
+}
+
+/// Neither the PTX that was asked for nor the shipped one loads.
+fn a_compiler_that_is_asked_for_serves_a_driver_without_one() {
+    kernels_run(3, &[("compute_90-", ".ptx"), ("sm_90-", ".cubin")]);
+}
+
+fn kernels_compiled_because_it_is_asked_for() {
+    kernels_run(1, &[("compute_90-", ".ptx")]);
+}
+
+/// A device without memory for a module, say: copies, and a try is not made a second time.
+fn an_error_that_is_not_the_ptx_is_not_answered_by_compiling() {
+    one_gather();
+    assert_eq!((standin::calls("cuModuleLoadDataEx"), standin::calls("cuLaunchKernel")), (Some(1), Some(0)));
+    assert_eq!(compiled(), [""; 0]);
+}
+
 /// The kernels do not load: bytes, surroundings and digest are the same.
 fn without_kernels_copies_do_the_same() {
+    let e = Device::get(0).unwrap().try_kernels().unwrap_err().to_string();
+    assert!(e.contains("CUDA_ERROR_INVALID_PTX") && e.contains("KVXFER_NVRTC=0 forbids"), "{e}");
     latent_attention();
     some_heads_only();
     every_layout_to_a_chunk_and_back();
     pinned_host_memory_and_what_is_not_reached();
+    assert_eq!(standin::calls("cuLaunchKernel"), Some(0));
 }

@@ -1,7 +1,10 @@
-// Modules and launches: a module is PTX text, a launch runs the CPU twin of the kernel that the text names.
+// Modules and launches: a module is PTX text or machine code (an ELF file), a launch runs the CPU twin of the kernel that it names.
 #include "memory.h"
 #include "twin.h"
 
+#include <elf.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <set>
@@ -74,12 +77,32 @@ void complain(unsigned n, const int *options, void **values, const char *text) {
   if (buffer && size) snprintf(buffer, size, "%s", text);
 }
 
+bool is_elf(const void *image) { return !memcmp(image, ELFMAG, SELFMAG); }
+
+// A text ends with a NUL; an ELF file with the last thing that its headers name.
+std::string bytes_of(const void *image) {
+  const char *at = static_cast<const char *>(image);
+  if (!is_elf(image)) return at;
+  Elf64_Ehdr head;
+  memcpy(&head, image, sizeof head);
+  uint64_t end = std::max(head.e_shoff + uint64_t(head.e_shnum) * head.e_shentsize,
+                          head.e_phoff + uint64_t(head.e_phnum) * head.e_phentsize);
+  for (unsigned i = 0; i < head.e_shnum; ++i) {
+    Elf64_Shdr s;
+    memcpy(&s, at + head.e_shoff + i * head.e_shentsize, sizeof s);
+    if (s.sh_type != SHT_NOBITS) end = std::max<uint64_t>(end, s.sh_offset + s.sh_size);
+  }
+  return {at, end};
+}
+
 CUresult load(Module **out, const void *image, unsigned n, const int *options, void **values) {
   Context *c;
   if (CUresult r = current(&c)) return r;
   if (!out || !image) return INVALID_VALUE;
-  std::string text = static_cast<const char *>(image);
-  if (text.find(".version") == std::string::npos || text.find(".target") == std::string::npos) {
+  std::string text = bytes_of(image);
+  if (is_elf(image)) {
+    // Its kernels are among its names.
+  } else if (text.find(".version") == std::string::npos || text.find(".target") == std::string::npos) {
     complain(n, options, values, "ptxas fatal: Missing .version directive at start of file");
     return INVALID_PTX;
   }
@@ -114,7 +137,7 @@ API CUresult cuModuleGetFunction(Function **out, Module *m, const char *name) {
   std::lock_guard<std::mutex> hold(world());
   if (!out || !name) return INVALID_VALUE;
   if (!modules.count(m)) return INVALID_HANDLE;
-  std::string entry = std::string(".entry ") + name + "(";
+  std::string entry = is_elf(m->text.data()) ? std::string(1, '\0') + name + '\0' : std::string(".entry ") + name + "(";
   if (m->text.find(entry) == std::string::npos) return NOT_FOUND;
   for (const standin_twin *t = twins(); t; t = t->next)
     if (!strcmp(t->name, name)) {
