@@ -64,6 +64,8 @@ scenarios! {
     processes::regions_by_handle;
     processes::regions_by_descriptor_where_handles_are_refused [KVXSTANDIN_NO_IPC = "1"];
     processes::memory_that_cannot_be_shared_is_named [KVXSTANDIN_NO_IPC = "1"];
+    processes::mappings_of_forgotten_regions_are_bounded;
+    processes::descriptors_of_forgotten_regions_are_given_back;
     processes::a_host_pool_of_another_process;
     processes::a_peer_killed_with_its_memory_mapped;
     processes::another_pid_namespace_is_reached_by_descriptor;

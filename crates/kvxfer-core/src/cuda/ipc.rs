@@ -150,6 +150,11 @@ impl Opened {
         Ok(this)
     }
 
+    /// Whether opening the same export again gives this one. Of a descriptor nobody can tell what an earlier one was; to keep its mapping
+    /// would only keep the peer's memory.
+    pub(crate) fn is_found_again(&self) -> bool {
+        self.mapped.is_none()
+    }
     pub(crate) fn device(&self) -> &Device {
         &self.device
     }

@@ -161,7 +161,9 @@ impl Link for CudaLink {
         let mut imports = self.imports.lock();
         let gone = imports.regions.remove(&key);
         let mut dropped = None;
-        if let Some(Target::Opened { opened, .. }) = gone.as_deref() {
+        if let Some(Target::Opened { opened, .. }) = gone.as_deref()
+            && opened.is_found_again()
+        {
             // Ones that are known already move to the front.
             imports.kept.retain(|o| !Arc::ptr_eq(o, opened));
             imports.kept.push_front(opened.clone());
