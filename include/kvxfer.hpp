@@ -138,12 +138,28 @@ struct Config {
   Milliseconds connect_timeout{0}, transfer_timeout{0}, peer_timeout{0};
 };
 
+/// A point in a CUDA stream: what carries it reads and writes nothing before the stream has come past it. It may go as soon as it has been
+/// handed over, and be used any number of times.
+class Fence : public detail::Handle<kvxfer_fence_t, kvxfer_fence_free> {
+ public:
+  using Handle::Handle;
+  /// Marks what `stream` has been given so far: a live `CUstream` or `cudaStream_t` of the device's primary context (the one of the CUDA
+  /// runtime), or its default stream. Does not wait.
+  explicit Fence(std::int32_t device, void *stream = nullptr) {
+    check(kvxfer_fence_new(device, static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(stream)), &raw_));
+  }
+  /// False while the stream has not come there; throws when its work failed.
+  bool poll() const { return detail::ended(kvxfer_fence_poll(raw_)); }
+};
+
 /// What a transfer may be told beside its pieces; see kvxfer_transfer_options_t.
 struct TransferOptions {
   Milliseconds timeout{0};
   std::optional<std::string> notify;
   std::uint32_t integrity = KVXFER_INTEGRITY_DEFAULT;
   std::uint32_t transport = KVXFER_TRANSPORT_ANY;
+  /// Nothing is read or written before; none: at once. Looked at by the call alone.
+  const Fence *after = nullptr;
 };
 
 /// A notification that arrived.
@@ -180,7 +196,7 @@ class Transfer : public detail::Handle<kvxfer_transfer_t, kvxfer_transfer_free> 
 class Region : public detail::Handle<kvxfer_region_t, kvxfer_region_free> {
  public:
   using Handle::Handle;
-  /// First byte.
+  /// First byte; of a GPU's memory the address on the device, which the host cannot touch.
   unsigned char *data() const {
     void *base = nullptr;
     check(kvxfer_region_memory(raw_, &base, nullptr));
@@ -192,6 +208,23 @@ class Region : public detail::Handle<kvxfer_region_t, kvxfer_region_free> {
     std::uint64_t length = 0;
     check(kvxfer_region_memory(raw_, &base, &length));
     return length;
+  }
+  /// Number of the CUDA device it lies on, among the visible ones; empty for host memory.
+  std::optional<std::int32_t> device() const {
+    std::int32_t device = -1;
+    check(kvxfer_region_device(raw_, &device));
+    if (device < 0) return std::nullopt;
+    return device;
+  }
+  /// Pins host memory for CUDA devices, which transfers otherwise do at their first use of it; a GPU's memory stays as it is.
+  void pin() { check(kvxfer_region_pin(raw_)); }
+  /// Copies bytes out, also of a GPU's memory, and waits for it.
+  void read(std::uint64_t offset, void *data, std::size_t length) const {
+    check(kvxfer_region_read(raw_, offset, length, data));
+  }
+  /// Copies bytes in, also to a GPU's memory, and waits for it.
+  void write(std::uint64_t offset, const void *data, std::size_t length) {
+    check(kvxfer_region_write(raw_, offset, data, length));
   }
   /// Makes it reachable for peers.
   void export_as(const std::string &name, std::uint32_t access) {
@@ -272,6 +305,7 @@ class Peer : public detail::Handle<kvxfer_peer_t, kvxfer_peer_free> {
     o.notify_length = options.notify ? options.notify->size() : 0;
     o.integrity = options.integrity;
     o.transport = options.transport;
+    o.after = options.after ? options.after->get() : nullptr;
     kvxfer_transfer_t *out = nullptr;
     check(call(raw_, local.get(), remote.get(), pieces.data(), pieces.size(), &o, &out));
     return Transfer(out);
@@ -343,11 +377,22 @@ class Agent : public detail::Handle<kvxfer_agent_t, kvxfer_agent_free> {
     check(kvxfer_region_allocate(raw_, length, &out));
     return Region(out);
   }
-  /// The caller's memory, registered; it must outlive the region (see kvxfer_region_register).
+  /// Zeroed memory of a CUDA device, registered. `shareable`: of a kind that also reaches peers that no CUDA IPC handle reaches (see
+  /// kvxfer_region_allocate_device).
+  Region allocate_device(std::int32_t device, std::uint64_t length, bool shareable = false) const {
+    kvxfer_region_t *out = nullptr;
+    check(kvxfer_region_allocate_device(raw_, device, length, shareable ? 1 : 0, &out));
+    return Region(out);
+  }
+  /// The caller's memory, the host's or a GPU's (cudaMalloc), registered; it must outlive the region (see kvxfer_region_register).
   Region register_memory(void *base, std::uint64_t length) const {
     kvxfer_region_t *out = nullptr;
     check(kvxfer_region_register(raw_, base, length, &out));
     return Region(out);
+  }
+  /// The same for an address of the driver's interface, a `CUdeviceptr`.
+  Region register_device(std::uint64_t address, std::uint64_t length) const {
+    return register_memory(reinterpret_cast<void *>(static_cast<std::uintptr_t>(address)), length);
   }
   Peer connect(const std::string &address, Milliseconds timeout) const {
     kvxfer_peer_t *out = nullptr;
@@ -494,9 +539,11 @@ class Reservation : public detail::Handle<kvxfer_reservation_t, kvxfer_reservati
   void wait_admitted(Milliseconds timeout) const {
     check(kvxfer_reservation_wait_admitted(raw_, detail::ms(timeout)));
   }
-  /// Writes and commits chunk `index`; the bytes must stay until the delivery has ended.
-  void write(std::size_t index, const Region &region, const std::vector<kvxfer_run_t> &runs) {
-    check(kvxfer_reservation_write(raw_, index, region.get(), runs.data(), runs.size()));
+  /// Writes and commits chunk `index`; the bytes must stay until the delivery has ended. With `after` they are read once its stream
+  /// has come past it.
+  void write(std::size_t index, const Region &region, const std::vector<kvxfer_run_t> &runs, const Fence *after = nullptr) {
+    const kvxfer_fence_t *fence = after ? after->get() : nullptr;
+    check(kvxfer_reservation_write_after(raw_, index, region.get(), runs.data(), runs.size(), fence));
   }
   /// Every chunk has been written.
   Delivery finish() {
@@ -622,6 +669,158 @@ struct PagedCache {
     p.layout = layout;
     p.threads = threads;
     check(call(&p, chunks.data(), chunks.size()));
+  }
+};
+
+/// Whether keys and values, or blocks, come first in a paged layer.
+enum class Order { kv_first, blocks_first };
+
+/// How one layer of a cache lies in memory. All numbers but counts are bytes; docs/kernels.md has the shapes of engines.
+struct Layout {
+  /// 2: keys and values; 1: one of something (multi-head latent attention).
+  std::uint32_t planes = 2, blocks = 1, block_tokens = 0, heads = 0;
+  /// From a token's keys to its values, from block to block, from token to token, from head to head.
+  std::uint64_t plane = 0, block = 0, token = 0, head = 0;
+  /// Of one head of one token: a multiple of 8, of 16 for full speed.
+  std::uint64_t head_bytes = 0;
+
+  /// `[2, blocks, block, heads, head]` or `[blocks, 2, block, heads, head]`; with `heads_first` heads come before a block's tokens.
+  static Layout paged(Order order, bool heads_first, std::uint32_t blocks, std::uint32_t block_tokens, std::uint32_t heads,
+                      std::uint64_t head_bytes) {
+    const std::uint64_t row = heads * head_bytes, half = block_tokens * row;
+    const bool kv = order == Order::kv_first;
+    Layout l = rows(2, blocks, block_tokens, heads, head_bytes);
+    l.plane = kv ? blocks * half : half;
+    l.block = kv ? half : 2 * half;
+    l.token = heads_first ? head_bytes : row;
+    l.head = heads_first ? block_tokens * head_bytes : head_bytes;
+    return l;
+  }
+  /// `[blocks, block, row]`, multi-head latent attention.
+  static Layout latent(std::uint32_t blocks, std::uint32_t block_tokens, std::uint64_t row_bytes) {
+    Layout l = rows(1, blocks, block_tokens, 1, row_bytes);
+    l.block = block_tokens * row_bytes;
+    return l;
+  }
+  /// A layer of a chunk `[2, layers, tokens, heads * head]` (KV_2LTD); layer i begins `i * tokens * heads * head_bytes` after the chunk.
+  static Layout chunk(std::uint32_t layers, std::uint32_t tokens, std::uint32_t heads, std::uint64_t head_bytes) {
+    Layout l = rows(2, 1, tokens, heads, head_bytes);
+    l.plane = std::uint64_t{layers} * tokens * l.token;
+    return l;
+  }
+  /// A layer of a chunk `[layers, tokens, row]`, multi-head latent attention.
+  static Layout latent_chunk(std::uint32_t tokens, std::uint64_t row_bytes) { return latent(1, tokens, row_bytes); }
+  /// A layer's own chunk `[tokens, 2, heads * head]`.
+  static Layout layer_chunk(std::uint32_t tokens, std::uint32_t heads, std::uint64_t head_bytes) {
+    Layout l = rows(2, 1, tokens, heads, head_bytes);
+    l.plane = l.token;
+    l.token *= 2;
+    return l;
+  }
+  /// Some heads only: as many, from the layers' offsets on.
+  Layout with_heads(std::uint32_t count) const {
+    Layout l = *this;
+    l.heads = count;
+    return l;
+  }
+
+ private:
+  /// All heads of a token together, token after token.
+  static Layout rows(std::uint32_t planes, std::uint32_t blocks, std::uint32_t block_tokens, std::uint32_t heads,
+                     std::uint64_t head_bytes) {
+    Layout l;
+    l.planes = planes;
+    l.blocks = blocks;
+    l.block_tokens = block_tokens;
+    l.heads = heads;
+    l.token = heads * head_bytes;
+    l.head = l.head_bytes = head_bytes;
+    return l;
+  }
+};
+
+/// Layers in a region, and which of their tokens: of a table of blocks (from token `first` of the first on), by slots, or, with neither, one
+/// after the other from `first` on.
+struct View {
+  /// A GPU's memory, or pinned memory of the host.
+  const Region *region = nullptr;
+  Layout layout;
+  /// Offset of each layer in the region; any subset, in any order.
+  std::vector<std::uint64_t> layers;
+  std::vector<std::uint32_t> table;
+  std::vector<std::int64_t> slots;
+  std::uint32_t first = 0;
+
+  /// All tokens of a chunk `[2, layers, tokens, heads * head]` at `offset`.
+  static View chunk(const Region &region, std::uint64_t offset, std::uint32_t layers, std::uint32_t tokens, std::uint32_t heads,
+                    std::uint64_t head_bytes) {
+    View v;
+    v.region = &region;
+    v.layout = Layout::chunk(layers, tokens, heads, head_bytes);
+    for (std::uint64_t i = 0; i < layers; i++) v.layers.push_back(offset + i * tokens * heads * head_bytes);
+    return v;
+  }
+
+  /// For calls of kvxfer.h; valid while this object stays as it is.
+  kvxfer_view_t raw() const {
+    auto v = detail::sized<kvxfer_view_t>();
+    v.region = region ? region->get() : nullptr;
+    v.layers = layers.data();
+    v.layer_count = layers.size();
+    v.plane = layout.plane;
+    v.block = layout.block;
+    v.token = layout.token;
+    v.head = layout.head;
+    v.head_bytes = layout.head_bytes;
+    v.planes = layout.planes;
+    v.blocks = layout.blocks;
+    v.block_tokens = layout.block_tokens;
+    v.heads = layout.heads;
+    v.table = table.empty() ? nullptr : table.data();
+    v.table_count = table.size();
+    v.slots = slots.empty() ? nullptr : slots.data();
+    v.slot_count = slots.size();
+    v.first = first;
+    return v;
+  }
+};
+
+/// How a gather went.
+struct Gathered {
+  std::uint64_t bytes;
+  /// Of docs/kernels.md; 0 where none was asked for.
+  std::uint64_t digest;
+};
+
+/// Tokens from one view to another, between paged caches and chunks of any two layouts: checked when it is made, started as often as
+/// wanted. It keeps the regions' memory in use, which of the caller's own must stay until this object is gone.
+class Gather : public detail::Handle<kvxfer_gather_t, kvxfer_gather_free> {
+ public:
+  using Handle::Handle;
+  /// Equal layers, planes, heads and bytes of a head, everything within its region; the views do not overlap.
+  Gather(const View &from, const View &to, std::uint32_t tokens) {
+    kvxfer_view_t one = from.raw(), other = to.raw();
+    check(kvxfer_gather_new(&one, &other, tokens, &raw_));
+  }
+  /// Starts it on the GPU that one of the views lies on, once a stream has come past `after`; does not wait. `digest` takes one on the way.
+  void start(const Fence *after = nullptr, bool digest = false) {
+    check(kvxfer_gather_start(raw_, after ? after->get() : nullptr, digest ? 1 : 0));
+  }
+  /// How it went; empty when the time is over and it is still under way, and it can be waited for again; throws when it failed.
+  std::optional<Gathered> wait(Milliseconds timeout) {
+    Gathered out{0, 0};
+    kvxfer_result_t result = kvxfer_gather_wait(raw_, detail::ms(timeout), &out.bytes, &out.digest);
+    if (result == KVXFER_TIMED_OUT || !detail::ended(result)) return std::nullopt;
+    return out;
+  }
+  /// The same as pieces for Peer::write: local offsets in `from`'s region, remote ones in `to`'s, neighbours joined.
+  std::vector<kvxfer_piece_t> pieces() const {
+    std::size_t count = 0;
+    kvxfer_result_t result = kvxfer_gather_pieces(raw_, nullptr, 0, &count);
+    if (result != KVXFER_TOO_LARGE) check(result);
+    std::vector<kvxfer_piece_t> out(count);
+    check(kvxfer_gather_pieces(raw_, out.data(), out.size(), &count));
+    return out;
   }
 };
 

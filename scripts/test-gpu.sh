@@ -30,6 +30,8 @@ run "memory, fences, transfers, processes" cargo test $features -p kvxfer-core -
 run "the gather kernels" cargo test $features -p kvxfer-core --test gather -- --nocapture
 # shellcheck disable=SC2086
 run "the Contract on cuda_ipc, and on tcp between devices" cargo test $features --test contract -- --nocapture cuda_ipc:: _devices:: _device::
+# shellcheck disable=SC2086
+run "the C++ wrapper" cargo test $features --test c_abi -- --nocapture wrappers::device
 if command -v compute-sanitizer >/dev/null 2>&1; then
   # shellcheck disable=SC2086
   test=$(cargo test $features -p kvxfer-core --test gather --no-run --message-format=json 2>/dev/null |

@@ -46,6 +46,40 @@ mod wrappers {
     fn valgrind() {
         wrapped(Mode::Valgrind);
     }
+
+    /// The same program on device memory: under the stand-in driver, whose account must be empty at the end, or with `KVXFER_TEST_GPU=1` on
+    /// this machine's GPU.
+    fn on_a_device(mode: Mode) {
+        let real = std::env::var_os("KVXFER_TEST_GPU").is_some();
+        if !have("c++") || !(real || kvxfer_cuda_standin::available()) {
+            return;
+        }
+        let dir = scratch();
+        let binary = compile(&Path::new(ROOT).join("tests/c/wrappers.cpp"), dir.path(), mode);
+        let report = dir.path().join("report");
+        let mut run = command(&binary, mode);
+        run.arg("device");
+        if !real {
+            let folders = [library_dir(), kvxfer_cuda_standin::folder()];
+            run.env("LD_LIBRARY_PATH", std::env::join_paths(folders).expect("two folders"))
+                .env("KVXSTANDIN_REPORT", &report)
+                .env_remove("CUDA_VISIBLE_DEVICES");
+        }
+        let said = succeed(&mut run);
+        assert!(said.lines().any(|line| line == "OK"), "{said}");
+        if !real {
+            let left = std::fs::read_to_string(&report).expect("the stand-in's account");
+            assert!(left.contains("\"live\":{}"), "left behind: {left}");
+        }
+    }
+    #[test]
+    fn device_plain() {
+        on_a_device(Mode::Plain);
+    }
+    #[test]
+    fn device_address_sanitizer() {
+        on_a_device(Mode::Asan);
+    }
 }
 
 mod nulls {

@@ -263,7 +263,7 @@ pub unsafe extern "C" fn kvxfer_outbox_give_up(
     guard("kvxfer_outbox_give_up", || unsafe {
         let object = self::outbox(outbox)?;
         let request = RequestId::new(text("request", request)?)?;
-        if object.outbox.give_up(&request, fence("after", after)?) {
+        if object.outbox.give_up(&request, fence("after", after)?.as_ref()) {
             Ok(KVXFER_OK)
         } else {
             Err(Error::NotFound { what: "request with places", name: request.to_string() })

@@ -96,6 +96,7 @@ Examples:
   kvxfer bench --only throughput --transport shm --piece 16K --pattern random
   kvxfer bench --json run.json --html run.html --markdown
   kvxfer bench --gpu --json gpu.json            GPU memory, two processes on one device
+  kvxfer bench --gpu --gpu-devices 0,1          and on two
 Two hosts:
   host A:  kvxfer bench --server tcp://192.0.2.1:7300
   host B:  kvxfer bench --client tcp://192.0.2.1:7300

@@ -29,6 +29,7 @@ fn the_benchmark_moves_and_compares_every_row() {
     let Some(output) = kvxfer(&arguments, &[]) else { return };
     let run = json(&output);
     assert_eq!(run["header"]["standin"], true, "{run:#}");
+    nixl_is_not_there(&run);
     let rows: Vec<_> =
         run["rows"].as_array().expect("rows").iter().map(|r| r["what"].as_str().expect("what")).collect();
     for part in [
@@ -69,7 +70,29 @@ fn two_devices_that_do_not_reach_each_other_are_measured_too() {
     let arguments =
         ["bench", "--gpu", "--quick", "--no-progress", "--reps", "1", "--gpu-devices", "1,0", "--json", "-"];
     let Some(output) = kvxfer(&arguments, &[("KVXSTANDIN_DEVICES", "2")]) else { return };
-    assert_eq!(json(&output)["header"]["one_device"], false);
+    let run = json(&output);
+    assert_eq!(run["header"]["one_device"], false);
+    nixl_is_not_there(&run);
+}
+
+/// NIXL, installed or not, knows nothing of the stand-in's memory: the reason is said, and no figure is made up.
+fn nixl_is_not_there(run: &Value) {
+    let notes = run["notes"].as_array().expect("notes");
+    let said = notes
+        .iter()
+        .filter_map(Value::as_str)
+        .find_map(|n| n.split_once("NIXL is not among the baselines: "));
+    let (_, reason) = said.unwrap_or_else(|| panic!("nothing of NIXL in {notes:?}"));
+    assert!(reason.contains("NIXL not available") || reason.contains("could not register"), "{reason}");
+    for row in run["rows"].as_array().expect("rows") {
+        for baseline in row["against"].as_array().expect("against") {
+            assert_ne!(baseline["name"], "NIXL", "{row:#}");
+        }
+        for bar in row["bars"].as_array().expect("bars") {
+            let of_nixl = bar["what"].as_str().is_some_and(|w| w.contains("NIXL"));
+            assert!(!of_nixl || (bar["found"].is_null() && bar["met"].is_null()), "{bar:#}");
+        }
+    }
 }
 
 #[test]
@@ -103,7 +126,8 @@ fn the_doctor_tries_two_processes() {
     let refused = line(&output, "cuda-ipc-0-0");
     assert_eq!(refused["verdict"], "missing");
     assert!(refused["fix"].as_str().expect("fix").contains("--ipc=host"), "{refused}");
-    let Some(output) = kvxfer(&arguments, &[("KVXSTANDIN_FAIL", "cuModuleLoadDataEx:1:218")]) else { return };
+    let refused = [("KVXSTANDIN_FAIL", "cuModuleLoadDataEx:1:218"), ("KVXFER_NVRTC", "0")];
+    let Some(output) = kvxfer(&arguments, &refused) else { return };
     let device = line(&output, "cuda-device-0");
     assert_eq!(device["verdict"], "degraded");
     assert!(device["found"].as_str().expect("found").contains("CUDA_ERROR_INVALID_PTX"), "{device}");

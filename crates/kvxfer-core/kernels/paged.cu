@@ -20,7 +20,7 @@ struct Side {
 struct Paged {
   Side from, to;
   u64 digest;        // where to add the digest; 0: none
-  u64 skipped;       // where to count tokens whose block does not exist; one for each layer and plane
+  u64 skipped;       // where to count tokens whose block does not exist
   u32 layers, planes, tokens, group;
   u32 unit, units;   // bytes of a run, runs of a token
   u32 first_layer, all_layers;  // for the digest: this launch's layers among all
@@ -92,7 +92,8 @@ template <class T> INSIDE void paged(const Paged &p) {
           dst = place(p.to, layer, plane, token);
         }
         if (!src || !dst) {
-          skipped += w == 0;
+          // Once a token: at its first word in the first layer and plane.
+          skipped += w == 0 && plane == 0 && p.first_layer + layer == 0;
           continue;
         }
         const u32 unit = p.units == 1 ? 0 : w / per_unit;

@@ -21,6 +21,8 @@ mod nixl;
 mod processes;
 #[path = "cuda/raw.rs"]
 mod raw;
+#[path = "cuda/standin.rs"]
+mod standin;
 
 /// The other process of `processes`.
 #[test]
@@ -50,9 +52,10 @@ scenarios! {
     copies::two_devices [KVXSTANDIN_DEVICES = "2"];
     copies::two_devices_that_do_not_reach_each_other [KVXSTANDIN_DEVICES = "2", KVXSTANDIN_NO_PEER = "1"];
     copies::a_driver_without_batched_copies [LD_LIBRARY_PATH = "old"];
-    copies::kernels_that_do_not_load_are_replaced_by_copies [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
+    copies::kernels_that_do_not_load_are_replaced_by_copies [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:0:218", KVXFER_NVRTC = "0"];
     copies::sockets [KVXSTANDIN_DELAY_US = "200"];
     copies::sockets_and_a_failing_device [KVXSTANDIN_DELAY_US = "50"];
+    copies::streams_and_kernels_are_made_once;
     copies::scattered_blocks_of_a_whole_prompt;
     copies::nothing_is_read_before_the_fence [KVXSTANDIN_DEVICES = "1"];
     copies::other_transports_wait_for_the_fence [KVXSTANDIN_DEVICES = "1"];
@@ -65,6 +68,8 @@ scenarios! {
     processes::regions_by_descriptor_where_handles_are_refused [KVXSTANDIN_NO_IPC = "1"];
     processes::memory_that_cannot_be_shared_is_named [KVXSTANDIN_NO_IPC = "1"];
     processes::a_gather_straight_into_the_memory_of_another_process;
+    processes::mappings_of_forgotten_regions_are_bounded;
+    processes::descriptors_of_forgotten_regions_are_given_back;
     processes::a_host_pool_of_another_process;
     processes::a_peer_killed_with_its_memory_mapped;
     processes::another_pid_namespace_is_reached_by_descriptor;

@@ -6,6 +6,8 @@ mod harness;
 #[expect(dead_code, reason = "only streams are needed here")]
 #[path = "cuda/raw.rs"]
 mod raw;
+#[path = "cuda/standin.rs"]
+mod standin;
 
 #[path = "common/mod.rs"]
 mod common;
@@ -41,7 +43,14 @@ scenarios! {
     the_peer_gets_it_in_one_pass;
     pinned_host_memory_and_what_is_not_reached;
     a_fence_is_kept;
-    without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:218"];
+    kernels_between_devices_touch_no_host_memory;
+    skipped_tokens_count_once [KVXSTANDIN_DEVICES = "1"];
+    a_failing_step_is_an_error_and_leaves_nothing [KVXSTANDIN_DEVICES = "1"];
+    without_kernels_copies_do_the_same [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:0:218", KVXFER_NVRTC = "0"];
+    a_driver_too_old_for_the_ptx_gets_machine_code [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:222", LD_LIBRARY_PATH = "nvrtc"];
+    a_compiler_that_is_asked_for_serves_a_driver_without_one [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:221,cuModuleLoadDataEx:2:221", KVXFER_NVRTC = "installed"];
+    kernels_compiled_because_it_is_asked_for [KVXFER_NVRTC = "installed"];
+    an_error_that_is_not_the_ptx_is_not_answered_by_compiling [KVXSTANDIN_FAIL = "cuModuleLoadDataEx:1:2", LD_LIBRARY_PATH = "nvrtc"];
 }
 
 struct Random(u64);
@@ -332,10 +341,168 @@ fn a_fence_is_kept() {
     drop(chunk);
 }
 
+/// Tables and numbers lie on the device while a kernel runs, and what holds them is made once.
+fn kernels_between_devices_touch_no_host_memory() {
+    use kvxfer_core::cuda::Fence;
+    let mut random = Random(20);
+    let layout = Layout::paged(Order::KvFirst, true, 6, 16, 2, 64);
+    let source = Tokens::Blocks { ids: random.shuffled(6), first: 3 };
+    let slots: Vec<i64> = random.shuffled(6 * 16).into_iter().map(i64::from).take(80).collect();
+    let a = paged(layout, 3, 0, &mut random, source);
+    let b = paged(layout, 3, 0, &mut random, Tokens::Slots(slots));
+    let before = standin::kernel_host_accesses();
+    check(a.clone(), b.clone(), 80, "blocks to slots");
+    assert_eq!(standin::kernel_host_accesses(), before, "a kernel reached over to the host");
+
+    let gather = Gather::new(a, b, 80).unwrap();
+    let once = ["cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreateWithPriority", "cuModuleLoadDataEx"];
+    let made = || once.map(standin::calls);
+    let first = made();
+    for _ in 0..20 {
+        gather.start(None, true).unwrap().wait(SOON).unwrap();
+    }
+    assert_eq!(made(), first, "the second gather takes what the first one used");
+    // Many at a time need one each, of which a few are kept.
+    let live = || ["allocations", "pinned allocations"].map(standin::live);
+    let before = live();
+    let stream = raw::Stream::new(0);
+    stream.sleep(200);
+    #[expect(unsafe_code, reason = "a fence takes a stream by its address")]
+    // SAFETY: the stream lives until the end of the test.
+    let fence = unsafe { Fence::of_stream(0, stream.address()) }.unwrap();
+    let started: Vec<_> = (0..40).map(|_| gather.start(Some(&fence), true).unwrap()).collect();
+    assert!(!fence.is_done().unwrap(), "40 submissions waited for the device");
+    for mut one in started {
+        one.wait(SOON).unwrap();
+    }
+    for (now, before) in live().into_iter().zip(before).filter_map(|(n, b)| n.zip(b)) {
+        assert!(now < before + 16, "{now} allocations, {before} before");
+    }
+    stream.end();
+}
+
+/// The tables on the device are damaged by somebody: what cannot be found is left out, and each token counts once, however many layers,
+/// planes, heads and launches there are, and whichever side lacks it.
+fn skipped_tokens_count_once() {
+    const LOST: u32 = 0x7fff_ffff;
+    let mut random = Random(22);
+    // Words of the kernel's parameters: the tables of both sides.
+    let (from_table, to_table) = (0, 568 / 8);
+    for (layers, heads_first, head_bytes) in [(130, false, 64), (3, true, 64), (3, true, 24), (1, false, 8)] {
+        let layout = Layout::paged(Order::KvFirst, heads_first, 6, 8, 2, head_bytes);
+        let a = paged(layout, layers, 0, &mut random, Tokens::Blocks { ids: random_table(6), first: 3 });
+        let slots: Vec<i64> = random.shuffled(48).into_iter().map(i64::from).take(40).collect();
+        let b = paged(layout, layers, 0, &mut random, Tokens::Slots(slots));
+        let (source, mut expected) = (all(&a.memory), all(&b.memory));
+        let gather = Gather::new(a.clone(), b.clone(), 40).unwrap();
+        // Tokens 5 to 12 lie in the table's second block; a slot's upper half makes it one that there is not.
+        standin::poke(from_table, 4, LOST);
+        for token in [0, 7, 39] {
+            standin::poke(to_table, 8 * token + 4, LOST);
+        }
+        let lost = |token: u32| (5..13).contains(&token) || [0, 39].contains(&token);
+        let error = gather.start(None, true).unwrap().wait(SOON).unwrap_err();
+        standin::poke_no_more();
+        assert_eq!(error.code(), ErrorCode::Corrupt);
+        assert!(
+            error.to_string().contains("10 of 40 tokens named blocks that do not exist"),
+            "{layers} layers: {error}"
+        );
+        for (plane, layer) in (0..2).flat_map(|p| (0..layers as usize).map(move |l| (p, l))) {
+            for (token, head) in (0..40).filter(|t| !lost(*t)).flat_map(|t| [(t, 0), (t, 1)]) {
+                let len = head_bytes as usize;
+                let (at, to) = (place(&a, layer, plane, token, head), place(&b, layer, plane, token, head));
+                expected[to..to + len].copy_from_slice(&source[at..at + len]);
+            }
+        }
+        assert!(all(&b.memory) == expected, "{layers} layers: the other tokens, and nothing else");
+        check(a, b, 40, "the same again, undamaged");
+    }
+}
+
+/// Whichever call of a gather fails, the gather fails with its name, and the next one is right.
+fn a_failing_step_is_an_error_and_leaves_nothing() {
+    let mut random = Random(21);
+    let layout = Layout::paged(Order::KvFirst, false, 4, 16, 2, 64);
+    let pages = paged(layout, 130, 0, &mut random, Tokens::Blocks { ids: vec![1, 0, 3, 2], first: 0 });
+    let chunk = View::chunk(device(2 * 130 * 60 * 128), 0, 130, 60, 2, 64);
+    let gather = Gather::new(pages.clone(), chunk.clone(), 60).unwrap();
+    // The first one makes what the others use again. Tables go there and numbers come back, with three launches in between.
+    for (call, n) in [
+        ("cuMemHostAlloc", 1),
+        ("cuMemAlloc_v2", 1),
+        ("cuMemcpyAsync", 1),
+        ("cuLaunchKernel", 1),
+        ("cuLaunchKernel", 3),
+        ("cuMemcpyAsync", 2),
+        ("cuEventRecord", 1),
+    ] {
+        standin::fails(call, n);
+        let e = gather.start(None, true).unwrap_err().to_string();
+        let name =
+            if call == "cuLaunchKernel" { "launch of kvx_paged" } else { call.trim_end_matches("_v2") };
+        assert!(e.contains(name) && e.contains("CUDA_ERROR_UNKNOWN"), "{call}: {e}");
+        if n > 1 || call == "cuEventRecord" {
+            check(pages.clone(), chunk.clone(), 60, call);
+        }
+    }
+}
+
+/// What was kept in the cache folder, which is a new one.
+fn compiled() -> Vec<String> {
+    let folder = std::env::var_os("XDG_CACHE_HOME").unwrap();
+    let files = std::fs::read_dir(std::path::Path::new(&folder).join("kvxfer/ptx"));
+    let mut names: Vec<_> =
+        files.into_iter().flatten().map(|f| f.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn one_gather() {
+    let mut random = Random(23);
+    let layout = Layout::paged(Order::KvFirst, false, 4, 16, 2, 64);
+    let pages = paged(layout, 2, 0, &mut random, Tokens::Blocks { ids: vec![1, 0, 3, 2], first: 0 });
+    check(pages, View::chunk(device(2 * 2 * 60 * 128), 0, 2, 60, 2, 64), 60, "one gather");
+}
+
+/// A gather by kernels, and that they were loaded at the `loads`-th attempt, from images kept with these beginnings and ends.
+fn kernels_run(loads: i64, kept: &[(&str, &str)]) {
+    one_gather();
+    assert!(standin::calls("cuLaunchKernel").unwrap() > 0, "no kernel ran");
+    assert_eq!(standin::calls("cuModuleLoadDataEx"), Some(loads));
+    let names = compiled();
+    let right = names.iter().zip(kept).all(|(n, (begin, end))| n.starts_with(begin) && n.ends_with(end));
+    assert!(right && names.len() == kept.len(), "{names:?} instead of {kept:?}");
+}
+
+/// The driver does not know the version of the shipped PTX; there is a compiler on the loader's path.
+fn a_driver_too_old_for_the_ptx_gets_machine_code() {
+    kernels_run(2, &[("sm_90-", ".cubin")]);
+}
+
+/// Neither the PTX that was asked for nor the shipped one loads.
+fn a_compiler_that_is_asked_for_serves_a_driver_without_one() {
+    kernels_run(3, &[("compute_90-", ".ptx"), ("sm_90-", ".cubin")]);
+}
+
+fn kernels_compiled_because_it_is_asked_for() {
+    kernels_run(1, &[("compute_90-", ".ptx")]);
+}
+
+/// A device without memory for a module, say: copies, and a try is not made a second time.
+fn an_error_that_is_not_the_ptx_is_not_answered_by_compiling() {
+    one_gather();
+    assert_eq!((standin::calls("cuModuleLoadDataEx"), standin::calls("cuLaunchKernel")), (Some(1), Some(0)));
+    assert_eq!(compiled(), [""; 0]);
+}
+
 /// The kernels do not load: bytes, surroundings and digest are the same.
 fn without_kernels_copies_do_the_same() {
+    let e = Device::get(0).unwrap().try_kernels().unwrap_err().to_string();
+    assert!(e.contains("CUDA_ERROR_INVALID_PTX") && e.contains("KVXFER_NVRTC=0 forbids"), "{e}");
     latent_attention();
     some_heads_only();
     every_layout_to_a_chunk_and_back();
     pinned_host_memory_and_what_is_not_reached();
+    assert_eq!(standin::calls("cuLaunchKernel"), Some(0));
 }

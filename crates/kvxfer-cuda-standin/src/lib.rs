@@ -13,7 +13,7 @@
 //! | `KVXSTANDIN_MEMORY` | bytes of each device | 2 GiB |
 //! | `KVXSTANDIN_VERSION` | version of the driver | 12080 |
 //! | `KVXSTANDIN_DELAY_US` | microseconds each operation of a stream takes at least | 0 |
-//! | `KVXSTANDIN_FAIL` | `call:n:code`, comma-separated: the n-th call of that name fails with that CUDA error | |
+//! | `KVXSTANDIN_FAIL` | `call:n:code`, comma-separated: the n-th call of that name (0: each) fails with that CUDA error | |
 //! | `KVXSTANDIN_NO_IPC` | 1: memory cannot be shared by handle | |
 //! | `KVXSTANDIN_NO_PEER` | 1: devices do not reach each other's memory | |
 //! | `KVXSTANDIN_REPORT` | file that gets a line of JSON at the end of the process: what was not freed, and the number of each call | |

@@ -209,7 +209,7 @@ impl Session {
     pub(crate) fn bare_nixl(&mut self) -> bool {
         if self.nixl.is_none() && self.no_nixl.is_none() {
             let opened = if self.local {
-                super::nixl::Bare::open(self.plain.memory().clone())
+                super::nixl::Bare::open(self.plain.memory().clone(), None)
             } else {
                 Err(Failure::new("measured between processes of one host only"))
             };

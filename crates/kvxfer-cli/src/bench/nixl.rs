@@ -1,5 +1,5 @@
 //! The NIXL baseline: the library through our thinnest wrapper, one agent here and one in a child of its own, on the same
-//! kind of memory as the subject's.
+//! kinds of memory and the same devices as the subject's.
 
 use super::client::DEADLINE;
 use super::server::touch;
@@ -35,28 +35,29 @@ pub(crate) struct Bare {
     agent: nixl::Bare,
     memory: Arc<Memory>,
     peer: String,
-    address: u64,
+    remote: nixl::RemotePlace,
     child: Child,
 }
 
 impl Bare {
-    /// Starts the child and connects.
-    pub(crate) fn open(memory: Arc<Memory>) -> Result<Self, Failure> {
+    /// Starts the child, which offers as much memory of CUDA device `far`, or of the host, and connects.
+    pub(crate) fn open(memory: Arc<Memory>, far: Option<i32>) -> Result<Self, Failure> {
         let config = agents::settings()?;
         let mut agent = nixl::Bare::new("kvxfer-bench-near", &config.nixl)?;
         agent.register(&memory)?;
         let metadata = hex(&agent.metadata()?);
         let mut child = Child::start("bare NIXL", &["internal-child", "bench-nixl"])?;
-        let device = memory.on_device().map(kvxfer_core::cuda::Device::ordinal);
-        let met: Met = child.ask(&Meet { metadata, bytes: memory.len() as u64, device, config }, DEADLINE)?;
+        let met: Met =
+            child.ask(&Meet { metadata, bytes: memory.len() as u64, device: far, config }, DEADLINE)?;
         let peer = agent.connect(&unhex(&met.metadata)?)?;
-        Ok(Self { agent, memory, peer, address: met.address, child })
+        let remote = nixl::RemotePlace { address: met.address, device: far };
+        Ok(Self { agent, memory, peer, remote, child })
     }
 
     /// One pass as one request.
     pub(crate) fn pass(&mut self, op: Op, pieces: &[Piece]) -> Result<Duration, Failure> {
         let start = Instant::now();
-        self.agent.transfer(op, &self.memory, &self.peer, self.address, pieces, DEADLINE)?;
+        self.agent.transfer(op, &self.memory, &self.peer, self.remote, pieces, DEADLINE)?;
         Ok(start.elapsed())
     }
 

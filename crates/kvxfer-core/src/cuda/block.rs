@@ -2,7 +2,7 @@
 
 use super::device::Device;
 use super::driver::{self, check, check_drop};
-use super::engine::Engine;
+use super::engine::{Engine, Kept};
 use super::ipc::Opened;
 use super::stream::Stream;
 use super::vmm::Mapped;
@@ -18,6 +18,7 @@ pub(crate) struct Block {
     len: usize,
     /// For reads and writes of single runs; made when first wanted.
     stream: OnceLock<Stream>,
+    engine: Kept,
     owner: Owner,
 }
 
@@ -62,8 +63,14 @@ impl Block {
             sys::cuMemAlloc_v2(&raw mut base, len)
         })?;
         drop(here);
-        let block =
-            Self { device: device.clone(), base, len, stream: OnceLock::new(), owner: Owner::Allocated };
+        let block = Self {
+            device: device.clone(),
+            base,
+            len,
+            stream: OnceLock::new(),
+            engine: Kept::default(),
+            owner: Owner::Allocated,
+        };
         block.clear()?;
         Ok(block)
     }
@@ -73,7 +80,14 @@ impl Block {
         let mapped = Mapped::create(device, len)?;
         let base = mapped.base();
         let owner = Owner::Shareable(mapped);
-        let block = Self { device: device.clone(), base, len, stream: OnceLock::new(), owner };
+        let block = Self {
+            device: device.clone(),
+            base,
+            len,
+            stream: OnceLock::new(),
+            engine: Kept::default(),
+            owner,
+        };
         block.clear()?;
         Ok(block)
     }
@@ -120,7 +134,14 @@ impl Block {
                 })?;
             known = next.end();
         }
-        Ok(Self { device, base, len, stream: OnceLock::new(), owner: Owner::Foreign })
+        Ok(Self {
+            device,
+            base,
+            len,
+            stream: OnceLock::new(),
+            engine: Kept::default(),
+            owner: Owner::Foreign,
+        })
     }
 
     /// `len` bytes from `offset` on of what another process has shared; `None` beyond its end.
@@ -131,6 +152,7 @@ impl Block {
             base: opened.base() + offset,
             len,
             stream: OnceLock::new(),
+            engine: Kept::default(),
             owner: Owner::Opened(opened.clone()),
         })
     }
@@ -147,6 +169,11 @@ impl Block {
             Owner::Shareable(m) => Some(m),
             _ => None,
         }
+    }
+
+    /// What copies on its device.
+    pub(crate) fn engine(&self) -> Result<Arc<Engine>> {
+        self.engine.get(&self.device)
     }
 
     fn stream(&self) -> Result<&Stream> {
@@ -183,7 +210,7 @@ impl Block {
         }
         let sources: Vec<_> = runs.iter().map(|(offset, len)| (self.base + offset, *len)).collect();
         // SAFETY: the runs lie inside this block, which lives until the call has returned.
-        unsafe { Engine::of(&self.device)?.collect(&sources, out) }
+        unsafe { self.engine()?.collect(&sources, out) }
     }
 
     fn copy(&self, to: u64, from: u64, len: usize) -> Result<()> {

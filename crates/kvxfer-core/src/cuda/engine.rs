@@ -79,11 +79,15 @@ pub(super) struct Scratch {
 // SAFETY: two addresses and their owner; only the flight that holds it writes there.
 unsafe impl Send for Scratch {}
 
+/// The engine of a device, held by whoever has memory there: streams, kernels and scratch are made once, not for each transfer.
+#[derive(Debug, Default)]
+pub(super) struct Kept(OnceLock<Arc<Engine>>);
+
 static ENGINES: LazyLock<Mutex<HashMap<i32, Weak<Engine>>>> = LazyLock::new(Mutex::default);
 
 impl Engine {
-    /// The engine of a device; all agents of a process share it.
-    pub(crate) fn of(device: &Device) -> Result<Arc<Self>> {
+    /// The engine of a device; all agents of a process share it. It goes with its last holder: ask the memory for it, which holds it.
+    pub(super) fn of(device: &Device) -> Result<Arc<Self>> {
         let mut known = ENGINES.lock();
         if let Some(engine) = known.get(&device.ordinal()).and_then(Weak::upgrade) {
             return Ok(engine);
@@ -264,22 +268,15 @@ impl Engine {
                 done += len;
             }
         }
-        let here = self.device.enter()?;
         let mut descriptors = scratch.host as u64;
         if count > DESCRIPTORS_IN_PLACE {
             scratch.put_on_device()?;
             descriptors = scratch.far;
-            let bytes = count * size_of::<Move>();
-            // SAFETY: both sides belong to the scratch, which the flight keeps until it has ended.
-            let copied = check("cuMemcpyAsync of descriptors", unsafe {
-                sys::cuMemcpyAsync(scratch.far, scratch.host as u64, bytes, stream.raw())
-            });
-            if copied.is_err() {
+            if let Err(e) = scratch.to_device(stream, count * size_of::<Move>()) {
                 *keep = Some(scratch);
-                return copied;
+                return Err(e);
             }
         }
-        drop(here);
         *keep = Some(scratch);
         // Wide accesses need both sides alike modulo 16; the kernel sees to each piece by itself.
         kernels.copy(stream, descriptors, count)
@@ -296,6 +293,13 @@ impl Engine {
         Scratch::new(&self.device, bytes)
     }
 
+    /// The same with its half on the device.
+    pub(super) fn scratch_on_both(&self, bytes: usize) -> Result<Scratch> {
+        let mut scratch = self.scratch(bytes)?;
+        scratch.put_on_device()?;
+        Ok(scratch)
+    }
+
     /// For the next flight; nothing uses it any more.
     pub(super) fn keep(&self, scratch: Scratch) {
         let mut idle = self.idle.lock();
@@ -309,6 +313,22 @@ impl Engine {
     /// Runs `then` when stream `stream` has done what it was given so far.
     pub(crate) fn when_done(&self, stream: usize, then: Box<dyn FnOnce() + Send>) -> Result<()> {
         self.streams[stream % STREAMS].when_done(then)
+    }
+}
+
+impl Kept {
+    pub(super) fn get(&self, device: &Device) -> Result<Arc<Engine>> {
+        if let Some(engine) = self.0.get() {
+            return Ok(engine.clone());
+        }
+        let engine = Engine::of(device)?;
+        Ok(self.0.get_or_init(|| engine).clone())
+    }
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Engine").field(&self.device).finish()
     }
 }
 
@@ -398,20 +418,40 @@ impl Scratch {
         unsafe { self.host.cast::<std::ffi::c_void>().cast::<u64>().add(i).read_volatile() }
     }
 
-    /// Address of the pinned half, for devices too.
-    pub(super) fn address(&self) -> u64 {
-        self.host as u64
+    /// Address of the half on the device, 0 where it has none.
+    pub(super) fn far(&self) -> u64 {
+        self.far
     }
 
-    /// Its half on the device, when first wanted. The context is current.
+    /// Its half on the device, when first wanted.
     fn put_on_device(&mut self) -> Result<()> {
         if self.far == 0 {
-            // SAFETY: the pointer is to a live integer.
+            let _here = self.device.enter()?;
+            // SAFETY: a context is current; the pointer is to a live integer.
             check(format_args!("cuMemAlloc of {} bytes", self.bytes), unsafe {
                 sys::cuMemAlloc_v2(&raw mut self.far, self.bytes)
             })?;
         }
         Ok(())
+    }
+
+    /// Queues a copy of its first bytes from the pinned half to the other. Whoever queues it keeps the scratch until the stream has done so.
+    pub(super) fn to_device(&self, stream: &Stream, bytes: usize) -> Result<()> {
+        self.copy(stream, self.far, self.host as u64, bytes)
+    }
+
+    /// The same back.
+    pub(super) fn to_host(&self, stream: &Stream, bytes: usize) -> Result<()> {
+        self.copy(stream, self.host as u64, self.far, bytes)
+    }
+
+    fn copy(&self, stream: &Stream, dst: u64, src: u64, bytes: usize) -> Result<()> {
+        assert!(self.far != 0 && bytes <= self.bytes, "{bytes} of {}", self.bytes);
+        let _here = self.device.enter()?;
+        // SAFETY: both halves hold as many bytes and belong to the scratch, which a flight keeps until its end.
+        check(format_args!("cuMemcpyAsync of {bytes} bytes of scratch"), unsafe {
+            sys::cuMemcpyAsync(dst, src, bytes, stream.raw())
+        })
     }
 }
 

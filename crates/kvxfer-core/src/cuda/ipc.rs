@@ -9,6 +9,7 @@
 use super::block::Block;
 use super::device::Device;
 use super::driver::{check, check_drop};
+use super::engine::{Engine, Kept};
 use super::vmm::{self, Mapped};
 use crate::{Error, Result};
 use cudarc::driver::sys;
@@ -49,6 +50,7 @@ pub(crate) struct Opened {
     base: u64,
     size: u64,
     mapped: Option<Mapped>,
+    engine: Kept,
 }
 
 type Key = ([u8; 16], u64, [u8; HANDLE]);
@@ -120,7 +122,8 @@ impl Opened {
                 let bytes = usize::try_from(export.size).unwrap_or(usize::MAX);
                 let mapped = Mapped::import(&device, fd, bytes)?;
                 let base = mapped.base();
-                return Ok(Arc::new(Self { device, base, size: export.size, mapped: Some(mapped) }));
+                let (size, mapped, engine) = (export.size, Some(mapped), Kept::default());
+                return Ok(Arc::new(Self { device, base, size, mapped, engine }));
             }
         };
         let key = (export.uuid, export.buffer, handle);
@@ -136,7 +139,7 @@ impl Opened {
         // SAFETY: the pointer is to a live integer; the driver checks the handle.
         check("cuIpcOpenMemHandle", unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut base, raw, flags) })?;
         drop(here);
-        let mut this = Self { device, base, size: 0, mapped: None };
+        let mut this = Self { device, base, size: 0, mapped: None, engine: Kept::default() };
         // The owner's word on the size is not enough: what was mapped is asked for.
         let here = this.device.enter()?;
         let asked = allocation_of(base);
@@ -148,8 +151,17 @@ impl Opened {
         Ok(this)
     }
 
+    /// Whether opening the same export again gives this one. Of a descriptor nobody can tell what an earlier one was; to keep its mapping
+    /// would only keep the peer's memory.
+    pub(crate) fn is_found_again(&self) -> bool {
+        self.mapped.is_none()
+    }
     pub(crate) fn device(&self) -> &Device {
         &self.device
+    }
+    /// What copies on its device.
+    pub(crate) fn engine(&self) -> Result<Arc<Engine>> {
+        self.engine.get(&self.device)
     }
     pub(crate) fn base(&self) -> u64 {
         self.base

@@ -26,27 +26,68 @@ unsafe impl Sync for Kernels {}
 /// Of `kernels/*.cu`, for every device from compute capability 8.0 on; the driver makes the device's own code of it.
 const PTX: &str = include_str!("../../kernels/ptx/compute_80.ptx");
 
+/// An image that does not load.
+struct Refused {
+    error: Error,
+    /// The driver did not like the image; it may like another one.
+    another_may_do: bool,
+}
+
+/// Whether a driver says so because of the image: it is too old for the PTX, or lacks the compiler for it.
+fn is_of_the_image(result: sys::CUresult) -> bool {
+    use sys::CUresult as R;
+    matches!(
+        result,
+        R::CUDA_ERROR_INVALID_IMAGE
+            | R::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | R::CUDA_ERROR_INVALID_PTX
+            | R::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+            | R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | R::CUDA_ERROR_JIT_COMPILATION_DISABLED
+    )
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self { error, another_may_do: false }
+    }
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
 /// Threads of a block.
 const THREADS: u32 = 256;
 /// Blocks a multiprocessor holds of it.
 const BLOCKS: u32 = 8;
 
 impl Kernels {
+    /// From the image that was asked for, else the shipped one; where the driver does not take that, as compiled here, if possible.
     pub(crate) fn load(device: &Device) -> Result<Self> {
-        let own = super::nvrtc::for_device(device);
-        if let Some(own) = &own {
-            match Self::from_ptx(device, own) {
+        if let Some(own) = super::nvrtc::for_device(device) {
+            match Self::from_image(device, &own) {
                 Ok(kernels) => return Ok(kernels),
-                Err(e) => tracing::warn!(%device, error = %e, "kernels compiled for this device do not load"),
+                Err(e) => tracing::warn!(%device, %e, "kernels compiled for this device do not load"),
             }
         }
-        Self::from_ptx(device, PTX)
+        let shipped = CString::new(PTX)
+            .map_err(|_| Error::failed(ErrorCode::InvalidArgument, "PTX with a zero byte in it"))?;
+        Self::from_image(device, shipped.as_bytes_with_nul()).or_else(|refused| {
+            if !refused.another_may_do {
+                return Err(refused.error);
+            }
+            tracing::info!(%device, error = %refused, "the driver does not take the shipped kernels");
+            super::nvrtc::instead(device, |image| Self::from_image(device, image).map_err(|r| r.error))
+                .map_err(|e| Error::failed(ErrorCode::NotAvailable, format!("{refused}; {e}")))
+        })
     }
 
-    fn from_ptx(device: &Device, ptx: &str) -> Result<Self> {
+    /// `image`: PTX with a NUL at its end, or machine code.
+    fn from_image(device: &Device, image: &[u8]) -> std::result::Result<Self, Refused> {
         let _here = device.enter()?;
-        let image = CString::new(ptx)
-            .map_err(|_| Error::failed(ErrorCode::InvalidArgument, "PTX with a zero byte in it"))?;
         let mut log = vec![0u8; 8 << 10];
         let mut options = [
             sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
@@ -54,7 +95,7 @@ impl Kernels {
         ];
         let mut values = [log.as_mut_ptr().cast(), log.len() as *mut std::ffi::c_void];
         let mut module = std::ptr::null_mut();
-        // SAFETY: NUL-terminated text; two options with the values the driver documents for them.
+        // SAFETY: NUL-terminated text, or an ELF file that says its own length; two options with the values the driver documents for them.
         let result = unsafe {
             sys::cuModuleLoadDataEx(
                 &raw mut module,
@@ -66,10 +107,11 @@ impl Kernels {
         };
         if result != sys::CUresult::CUDA_SUCCESS {
             let log = String::from_utf8_lossy(log.split(|b| *b == 0).next().unwrap_or_default()).into_owned();
-            return Err(Error::failed(
+            let error = Error::failed(
                 ErrorCode::NotAvailable,
                 format!("the kernels do not load on {device}: {}: {}", text(result), log.trim()),
-            ));
+            );
+            return Err(Refused { error, another_may_do: is_of_the_image(result) });
         }
         let mut this = Self {
             device: device.clone(),

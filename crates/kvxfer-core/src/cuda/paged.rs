@@ -7,6 +7,10 @@ use crate::gather::Params;
 use std::sync::Arc;
 
 /// A launch under way, with the tables it reads and the numbers it leaves; or copies, which need and leave none.
+///
+/// Both lie on the device while it runs, since every warp reads its tokens' places, and many add to the numbers: a trip to host memory for
+/// each of these would cost more than the two short copies around the launch. That goes for small tables, too: their entries are
+/// read once for each layer and plane.
 pub(crate) struct Paged {
     engine: Arc<Engine>,
     flight: Flight,
@@ -14,12 +18,12 @@ pub(crate) struct Paged {
     digest: bool,
 }
 
-/// Bytes of the numbers at the beginning of the scratch: digest, and tokens skipped.
+/// Bytes of the numbers at the beginning of the scratch, before the tables: digest, and tokens skipped.
 const NUMBERS: usize = 16;
 
 impl Engine {
-    /// Copies `tables` beside the numbers, and launches what `params` makes of their addresses (the two tables, the digest or 0, the
-    /// skipped tokens), after `after`.
+    /// Brings zeroed numbers and `tables` to the device, launches what `params` makes of their addresses (the two tables, the digest or 0,
+    /// the skipped tokens), after `after`, and brings the numbers back.
     pub(crate) fn paged(
         self: &Arc<Self>,
         tables: &[Vec<u8>; 2],
@@ -31,16 +35,19 @@ impl Engine {
         let kernels = self.kernels()?;
         let aligned = |n: usize| n.next_multiple_of(16);
         let second = NUMBERS + aligned(tables[0].len());
-        let scratch = self.scratch(second + aligned(tables[1].len()))?;
+        let used = second + aligned(tables[1].len());
+        let scratch = self.scratch_on_both(used)?;
         scratch.put(0, &[0; NUMBERS]);
         scratch.put(NUMBERS, &tables[0]);
         scratch.put(second, &tables[1]);
-        let base = scratch.address();
+        let base = scratch.far();
         let launches =
             params([base + NUMBERS as u64, base + second as u64, if digest { base } else { 0 }, base + 8]);
         let stream = self.pick();
         let flight = self.fly(stream, after, |stream| {
-            launches.iter().try_for_each(|p| kernels.paged(stream, p, p.items(), wide))
+            scratch.to_device(stream, used)?;
+            launches.iter().try_for_each(|p| kernels.paged(stream, p, p.items(), wide))?;
+            scratch.to_host(stream, NUMBERS)
         })?;
         Ok(Paged { engine: self.clone(), flight, scratch: Some(scratch), digest })
     }

@@ -3,7 +3,7 @@
 use super::digest::digest_from;
 use super::params::Addresses;
 use super::view::{Gather, Tokens, View};
-use crate::cuda::{Device, Engine, Fence, Move, Paged};
+use crate::cuda::{Device, Fence, Move, Paged};
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
 use std::time::{Duration, Instant};
@@ -33,15 +33,15 @@ impl Gather {
     /// this one reaches, or in pinned host memory. `digest`: take one on the way. Where the kernels do not load, copies do the same; then the
     /// host takes the digest, of the source, when the end is first seen.
     pub fn start(&self, after: Option<&Fence>, digest: bool) -> Result<Gathering> {
-        let (here, there) = (self.from.memory.on_device(), self.to.memory.on_device());
-        let device = here.or(there).ok_or_else(|| {
+        let (here, there) = (self.from.memory.block(), self.to.memory.block());
+        let block = here.or(there).ok_or_else(|| {
             Error::failed(
                 ErrorCode::Unsupported,
                 "neither view is a GPU's memory; see the paged module for host memory",
             )
         })?;
         for view in [&self.from, &self.to] {
-            reached(device, view)?;
+            reached(block.device(), view)?;
         }
         if !self.is_narrow() {
             return Err(Error::InvalidArgument {
@@ -49,7 +49,7 @@ impl Gather {
                 problem: "addresses and steps that are not multiples of 8 bytes".into(),
             });
         }
-        let engine = Engine::of(device)?;
+        let engine = block.engine()?;
         if !engine.has_kernels() {
             let paged = engine.paged_by_copies(&self.moves(), after)?;
             return Ok(Gathering { paged, gather: self.clone(), owed: digest, by_host: None });
@@ -137,10 +137,13 @@ impl Gathering {
         }
         let (digest, skipped) = self.paged.results();
         if skipped > 0 {
-            // The table was checked before; somebody changed what it lies in.
+            // The tables were checked before, and what the kernel reads is a copy of our own.
             return Err(Error::failed(
                 ErrorCode::Corrupt,
-                format!("{skipped} tokens named blocks that do not exist"),
+                format!(
+                    "{skipped} of {} tokens named blocks that do not exist and were left out: something overwrote the tables in the device's memory (compute-sanitizer finds stray writes of kernels)",
+                    self.gather.tokens
+                ),
             ));
         }
         Ok(Gathered { bytes: self.gather.bytes(), digest: digest.or(self.by_host) })

@@ -153,6 +153,7 @@ pub(crate) fn a_driver_without_batched_copies() {
 
 pub(crate) fn kernels_that_do_not_load_are_replaced_by_copies() {
     a_driver_without_batched_copies();
+    assert_eq!(crate::standin::calls("cuLaunchKernel"), Some(0));
 }
 
 /// Sockets reach no device: bytes pass through pinned slots, several frames at a time, in both directions and with either side or both
@@ -201,6 +202,33 @@ pub(crate) fn sockets() {
     }
 }
 
+/// A later transfer finds what an earlier one made, also when nothing was under way in between.
+pub(crate) fn streams_and_kernels_are_made_once() {
+    const LEN: usize = 1 << 20;
+    let device = Device::get(0).unwrap();
+    let scattered: Vec<_> = (0..40u64)
+        .map(|i| Piece { local_offset: i * 8192, remote_offset: (39 - i) * 8192, len: 4096 })
+        .collect();
+    let made =
+        || ["cuModuleLoadDataEx", "cuStreamCreateWithPriority", "cuMemHostAlloc"].map(crate::standin::calls);
+    let on_device = || Memory::device(&device, LEN).unwrap();
+    let on_host = || Memory::shared(LEN, HugePages::Never).unwrap();
+    for (kind, local, target) in [
+        (TransportKind::CudaIpc, on_device(), on_device()),
+        (TransportKind::CudaIpc, on_host(), on_device()),
+        (TransportKind::Tcp, on_device(), on_host()),
+    ] {
+        let pair = Pair::over(&[kind], local, target);
+        pair.write(&scattered, TransferOptions::default());
+        let first = made();
+        for _ in 0..10 {
+            pair.write(&scattered, TransferOptions::default());
+        }
+        assert_eq!(made(), first, "{kind}");
+        pair.end();
+    }
+}
+
 /// Copies that fail on the way to or from a socket fail the transfer, and the next one is right.
 pub(crate) fn sockets_and_a_failing_device() {
     const LEN: usize = 3 << 20;
@@ -212,7 +240,7 @@ pub(crate) fn sockets_and_a_failing_device() {
     let pair = Pair::over(&[TransportKind::Tcp], local, target.clone());
     let mut failed = 0;
     for _ in 0..12 {
-        crate::harness::standin_fails_next("cuMemcpyAsync");
+        crate::standin::fails("cuMemcpyAsync", 1);
         let t = pair.peer.write(&pair.local, &pair.remote, &whole(LEN), TransferOptions::default()).unwrap();
         let report = t.wait(SOON).unwrap();
         failed += u32::from(report.error.is_some());

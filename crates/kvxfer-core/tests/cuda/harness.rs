@@ -1,13 +1,21 @@
 //! Runs a scenario in a process with the driver it needs, and looks at what that leaves behind.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+use std::path::PathBuf;
 use std::process::Command;
 
 /// Set in a process that has a driver.
 pub(crate) const UNDER: &str = "KVXFER_TEST_UNDER_CUDA";
 
+/// The compiler that `scripts/install-nvrtc.sh` keeps.
+fn nvrtc() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
+    Some(base.join("kvxfer/nvrtc/nvidia/cuda_nvrtc/lib/libnvrtc.so.12")).filter(|f| f.is_file())
+}
+
 /// Runs `body` in a process of its own, under the stand-in driver with these variables. `LD_LIBRARY_PATH`: empty for no driver, `old`
-/// for an older one. On a real GPU only scenarios without variables of the stand-in run.
+/// for an older one, `nvrtc` for NVRTC beside it; `KVXFER_NVRTC`: `installed` for its path; with either the cache is a new folder. On a real GPU only scenarios without variables of the stand-in run.
 pub(crate) fn run(name: &str, variables: &[(&str, &str)], body: fn()) {
     if std::env::var_os(UNDER).is_some() {
         return body();
@@ -32,6 +40,21 @@ pub(crate) fn run(name: &str, variables: &[(&str, &str)], body: fn()) {
             .env_remove("CUDA_VISIBLE_DEVICES");
     }
     for (key, value) in variables {
+        let compiler = matches!(*value, "nvrtc" | "installed").then(nvrtc);
+        if compiler == Some(None) {
+            println!("SKIPPED {name}: no NVRTC here; scripts/install-nvrtc.sh brings it");
+            return;
+        }
+        if let Some(Some(library)) = &compiler {
+            child.env("XDG_CACHE_HOME", folder.path());
+            if *key == "LD_LIBRARY_PATH" {
+                let folders = [kvxfer_cuda_standin::folder(), library.parent().expect("a folder").to_owned()];
+                child.env(key, std::env::join_paths(folders).expect("two folders"));
+            } else {
+                child.env(key, library);
+            }
+            continue;
+        }
         match (*key, *value) {
             ("LD_LIBRARY_PATH", "old") => child.env(key, kvxfer_cuda_standin::folder_of_an_older_one()),
             _ => child.env(key, value),
@@ -47,29 +70,5 @@ pub(crate) fn run(name: &str, variables: &[(&str, &str)], body: fn()) {
         for line in std::fs::read_to_string(&report).unwrap_or_default().lines() {
             assert!(line.contains("\"live\":{}"), "{name} left things behind: {line}");
         }
-    }
-}
-
-/// How often the stand-in driver was called by that name.
-pub(crate) fn standin_calls(name: &str) -> i64 {
-    let name = std::ffi::CString::new(name).expect("a name");
-    // SAFETY: the stand-in is loaded already, by that name; its function takes and gives what is written here.
-    unsafe {
-        let driver = libloading::Library::new("libcuda.so.1").expect("the stand-in");
-        driver
-            .get::<unsafe extern "C" fn(*const std::ffi::c_char) -> i64>(b"kvxstandin_calls")
-            .expect("the stand-in's function")(name.as_ptr())
-    }
-}
-
-/// The next call of that name fails with `CUDA_ERROR_UNKNOWN`.
-pub(crate) fn standin_fails_next(call: &str) {
-    let plan = std::ffi::CString::new(format!("{call}:{}:999", standin_calls(call) + 1)).expect("a plan");
-    // SAFETY: as above.
-    unsafe {
-        let driver = libloading::Library::new("libcuda.so.1").expect("the stand-in");
-        driver
-            .get::<unsafe extern "C" fn(*const std::ffi::c_char)>(b"kvxstandin_fail")
-            .expect("the stand-in's function")(plan.as_ptr());
     }
 }

@@ -1,7 +1,7 @@
 //! Kinds of memory, and what cannot be had.
 #![expect(unsafe_code, reason = "foreign memory is registered by promise")]
 
-use crate::{harness, raw};
+use crate::{raw, standin};
 use kvxfer_core::cuda::{self, Device};
 use kvxfer_core::memory::{HugePages, MemoryKind};
 use kvxfer_core::{Agent, ErrorCode, Memory, TransportKind};
@@ -134,17 +134,17 @@ pub(crate) fn a_failing_step_leaks_nothing() {
         "cuMemSetAccess",
         "cuMemsetD8Async",
     ] {
-        harness::standin_fails_next(call);
+        standin::fails(call, 1);
         let e = Memory::device_shareable(&device, 1 << 20).unwrap_err();
         assert!(e.to_string().contains(call) && e.to_string().contains("CUDA_ERROR_UNKNOWN"), "{e}");
     }
     for call in ["cuMemAlloc_v2", "cuMemsetD8Async", "cuStreamCreateWithPriority", "cuStreamSynchronize"] {
-        harness::standin_fails_next(call);
+        standin::fails(call, 1);
         let e = Memory::device(&device, 1 << 20).unwrap_err();
         assert!(e.to_string().contains(call.trim_end_matches("_v2")), "{e}");
     }
     let host = Memory::shared(4096, HugePages::Never).unwrap();
-    harness::standin_fails_next("cuMemHostRegister_v2");
+    standin::fails("cuMemHostRegister_v2", 1);
     assert!(host.pin().unwrap_err().to_string().contains("cuMemHostRegister of 4096 bytes"));
     assert!(!host.is_pinned());
     host.pin().unwrap();

@@ -3,7 +3,7 @@
 
 use crate::common::eventually;
 use crate::copies::{Pair, SOON, bytes, noise, produced, whole};
-use crate::{harness, raw};
+use crate::{raw, standin};
 use kvxfer_core::config::{AgentConfig, NixlConfig};
 use kvxfer_core::cuda::Device;
 use kvxfer_core::memory::HugePages;
@@ -43,7 +43,7 @@ fn on_host(len: usize) -> Arc<Memory> {
 
 /// Slots made so far: nothing else here is pinned.
 fn slots() -> i64 {
-    harness::standin_calls("cuMemHostRegister_v2")
+    standin::calls("cuMemHostRegister_v2").expect("the stand-in driver")
 }
 
 pub(crate) fn host_only_backends_refuse_device_memory() {
@@ -208,7 +208,7 @@ pub(crate) fn a_failing_device_fails_its_transfer_alone() {
                 let (local, target) = (on_device(LEN), on_host(LEN));
                 let pair = Pair::over(&NIXL, local.clone(), target.clone());
                 target.write_at(0, &source).unwrap();
-                harness::standin_fails_next(call);
+                standin::fails(call, 1);
                 let options = TransferOptions::default();
                 let t = if read {
                     pair.peer.read(&pair.local, &pair.remote, &whole(LEN), options)

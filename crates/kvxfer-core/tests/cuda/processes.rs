@@ -1,7 +1,7 @@
 //! Device memory of another process.
 
 use crate::copies::{SOON, bytes, noise};
-use crate::{harness, raw};
+use crate::{harness, raw, standin};
 use kvxfer_core::cuda::Device;
 use kvxfer_core::gather::Layout;
 use kvxfer_core::memory::HugePages;
@@ -13,10 +13,39 @@ use std::sync::Arc;
 const KIND: &str = "KVXFER_TEST_PEER_MEMORY";
 const LEN: usize = 200_000;
 
+/// Regions of a peer that has many.
+const MANY: u64 = 40;
+const EACH: usize = 10_000;
+
+/// The other process with many small regions, each with noise of its own, until its input ends.
+fn many_regions(make: impl Fn() -> Arc<Memory>) {
+    let agent = Agent::builder().name("peer").listen("tcp://127.0.0.1:0").build().unwrap();
+    let regions: Vec<_> = (0..MANY)
+        .map(|i| {
+            let memory = make();
+            memory.write_at(0, &noise(EACH, i)).unwrap();
+            let region = agent.register(memory).unwrap();
+            agent.export(&region, &format!("memory{i}"), Access::ReadWrite).unwrap();
+            region
+        })
+        .collect();
+    println!("@@{}", agent.addresses()[0]);
+    let mut rest = Vec::new();
+    std::io::stdin().read_to_end(&mut rest).unwrap();
+    println!("@@ended");
+    agent.shutdown(SOON).unwrap();
+    drop(regions);
+}
+
 /// The other process: exports memory of a kind, filled with noise, until its input ends.
 pub(crate) fn peer_entry() {
     let Ok(kind) = std::env::var(KIND) else { return };
     let device = || Device::get(0).unwrap();
+    match kind.as_str() {
+        "many" => return many_regions(|| Memory::device(&device(), EACH).unwrap()),
+        "many shareable" => return many_regions(|| Memory::device_shareable(&device(), EACH).unwrap()),
+        _ => {}
+    }
     let part = (kind == "part").then(|| raw::Allocation::new(0, LEN + 4096));
     let memory: Arc<Memory> = match kind.as_str() {
         "device" => Memory::device(&device(), LEN).unwrap(),
@@ -176,9 +205,9 @@ pub(crate) fn regions_by_descriptor_where_handles_are_refused() {
 pub(crate) fn a_gather_straight_into_the_memory_of_another_process() {
     use kvxfer_core::gather::{Gather, Order, Tokens, View};
     let device = Device::get(0).unwrap();
-    let (layers, tokens, heads, head_bytes) = (3u32, 50u32, 4u32, 64u32);
+    let (layers, tokens, heads, head_bytes) = (3u32, 50u32, 4u32, 64u64);
     let paged = Layout::paged(Order::KvFirst, true, 12, 16, heads, head_bytes);
-    let one = 2 * 12 * 16 * u64::from(heads * head_bytes);
+    let one = 2 * 12 * 16 * u64::from(heads) * head_bytes;
     let cache = Memory::device(&device, (u64::from(layers) * one) as usize).unwrap();
     cache.write_at(0, &noise(cache.len(), 7)).unwrap();
     let from = || View {
@@ -188,7 +217,7 @@ pub(crate) fn a_gather_straight_into_the_memory_of_another_process() {
         tokens: Tokens::Blocks { ids: vec![7, 2, 11, 0], first: 3 },
     };
     let chunk = Layout::chunk(layers, tokens, heads, head_bytes);
-    let row = u64::from(tokens * heads * head_bytes);
+    let row = u64::from(tokens * heads) * head_bytes;
     let to = |memory: &Arc<Memory>, at: u64| View {
         memory: memory.clone(),
         layout: chunk,
@@ -228,6 +257,63 @@ pub(crate) fn memory_that_cannot_be_shared_is_named() {
     let e = peer.region("memory", SOON).unwrap_err();
     assert_eq!(e.code(), ErrorCode::NotAvailable, "{e}");
     assert!(e.to_string().contains("the peer gave no ticket"), "{e}");
+    drop(peer);
+    agent.shutdown(SOON).unwrap();
+    other.end();
+}
+
+/// Mappings of regions that were imported and forgotten: a few are kept, for the next import of the same, and no more of them however many
+/// there were.
+pub(crate) fn mappings_of_forgotten_regions_are_bounded() {
+    const KEPT: i64 = 16;
+    let opened = || standin::live("opened handles").unwrap_or(KEPT);
+    let openings = || standin::calls("cuIpcOpenMemHandle_v2");
+    let other = Other::start("many", &[]);
+    let agent = Agent::builder().name("me").allow([TransportKind::CudaIpc]).build().unwrap();
+    let local = Memory::device(&Device::get(0).unwrap(), EACH).unwrap();
+    let region = agent.register(local.clone()).unwrap();
+    let peer = other.connect(&agent);
+    let visit = |i: u64| {
+        let remote = peer.region(&format!("memory{i}"), SOON).unwrap();
+        let whole = [Piece { local_offset: 0, remote_offset: 0, len: EACH as u64 }];
+        let read = peer.read(&region, &remote, &whole, TransferOptions::default()).unwrap();
+        assert_eq!(read.wait(SOON).unwrap().error, None);
+        assert!(bytes(&local) == noise(EACH, i), "region {i}");
+    };
+    for i in 0..MANY {
+        visit(i);
+        assert!(opened() <= KEPT, "{} mappings after {i} regions", opened());
+    }
+    assert_eq!(opened(), KEPT);
+    let before = openings();
+    // The latest one, which was kept, and the first, which was not.
+    visit(MANY - 1);
+    assert_eq!(openings(), before, "a mapping that was kept was made again");
+    visit(0);
+    assert_eq!(openings(), before.map(|n| n + 1));
+    visit(MANY - 1);
+    visit(0);
+    assert_eq!((openings(), opened()), (before.map(|n| n + 1), KEPT));
+    // Many at a time, all of which are wanted.
+    let all: Vec<_> = (0..MANY).map(|i| peer.region(&format!("memory{i}"), SOON).unwrap()).collect();
+    assert!(standin::live("opened handles").is_none_or(|n| n == MANY as i64), "{}", opened());
+    drop(all);
+    assert_eq!(opened(), KEPT);
+    drop((peer, region));
+    agent.shutdown(SOON).unwrap();
+    other.end();
+}
+
+/// What came as a descriptor is not found by a later import, so none of it is kept: it would hold the peer's memory for nothing.
+pub(crate) fn descriptors_of_forgotten_regions_are_given_back() {
+    let other = Other::start("many shareable", &[]);
+    let agent = Agent::builder().name("me").allow([TransportKind::CudaIpc]).build().unwrap();
+    let peer = other.connect(&agent);
+    let before = standin::live("mappings");
+    for i in 0..MANY {
+        drop(peer.region(&format!("memory{i}"), SOON).unwrap());
+        assert_eq!(standin::live("mappings"), before, "after {i} regions");
+    }
     drop(peer);
     agent.shutdown(SOON).unwrap();
     other.end();

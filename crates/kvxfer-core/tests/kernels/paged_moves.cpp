@@ -155,7 +155,7 @@ Outcome model(const Part &from, const Part &to, u64 tokens, std::vector<std::vec
       for (u64 t = 0; t < tokens; ++t) {
         u64 ab, at, bb, bt;
         const bool there = from.find(t, &ab, &at) && to.find(t, &bb, &bt);
-        out.skipped += !there;
+        out.skipped += !there && p == 0 && l == 0;
         for (u64 h = 0; h < from.heads; ++h) {
           if (!there) {
             position += a.head / 8;

@@ -11,5 +11,8 @@ mod library;
 mod peers;
 #[cfg(feature = "cuda")]
 mod staging;
+#[cfg(feature = "cuda")]
+#[path = "../cuda/standin.rs"]
+mod standin;
 mod support;
 mod transfers;

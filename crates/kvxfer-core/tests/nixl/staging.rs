@@ -1,7 +1,7 @@
 //! Device memory that goes through slots, between two processes, and what remains of the slots when the other one is killed or stopped.
 
-use crate::harness;
 use crate::support::{End, Other, REGION, nixl_is_here, pattern, piece, remote_ticket, serve};
+use crate::{harness, standin};
 use kvxfer_core::config::{AgentConfig, NixlConfig};
 use kvxfer_core::cuda::Device;
 use kvxfer_core::proto::TransferId;
@@ -31,7 +31,7 @@ fn device_end(len: u64) -> End {
 
 /// Slots made so far: nothing else here is pinned.
 fn slots() -> i64 {
-    harness::standin_calls("cuMemHostRegister_v2")
+    standin::calls("cuMemHostRegister_v2").expect("the stand-in driver")
 }
 
 #[test]

@@ -72,16 +72,11 @@ impl Near {
         let device = agent.register(device)?;
         agent.export(&device, BACK, Access::ReadWrite)?;
         let mut notes = Vec::new();
-        let nixl = if !nixl {
-            None
-        } else if plan.devices.0 == plan.devices.1 {
-            Bare::open(device.memory().clone())
-                .map_err(|e| notes.push(format!("NIXL is not among the baselines: {e}")))
-                .ok()
-        } else {
-            notes.push("NIXL is a baseline on one device only".into());
-            None
-        };
+        // On the subject's own devices: the child of the baseline takes the far one.
+        let nixl =
+            nixl.then(|| Bare::open(device.memory().clone(), Some(plan.devices.1))).and_then(|opened| {
+                opened.map_err(|e| notes.push(format!("NIXL is not among the baselines: {e}"))).ok()
+            });
         Ok(Self {
             far_device: peer.region(DEVICE, DEADLINE)?,
             far_pool: peer.region(POOL, DEADLINE)?,

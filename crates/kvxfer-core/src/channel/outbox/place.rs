@@ -117,11 +117,11 @@ impl Outbox {
 
     /// Gives up places and their request, once a CUDA stream that may still write to them has passed `after`. False when the request
     /// has none.
-    pub fn give_up(&self, request: &RequestId, after: Option<Fence>) -> bool {
+    pub fn give_up(&self, request: &RequestId, after: Option<&Fence>) -> bool {
         let Some(named) = self.shared.state.lock().named.remove(request) else { return false };
         let why = Error::failed(ErrorCode::Cancelled, "given up by the engine before its bytes were there");
         self.shared.abort(&named.request, &why);
-        named.chunks.into_iter().filter_map(|c| c.1).for_each(|place| place.give_up(after.clone()));
+        named.chunks.into_iter().filter_map(|c| c.1).for_each(|place| place.give_up(after.cloned()));
         true
     }
 

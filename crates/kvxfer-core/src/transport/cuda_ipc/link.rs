@@ -5,7 +5,7 @@ use super::jobs::Jobs;
 use super::target::{self, Held, Pool, Target};
 use super::ticket::{Read, What};
 use super::{PeerProcess, TABLE};
-use crate::cuda::{Device, Engine, Export, Opened, Way};
+use crate::cuda::{Device, Export, Opened, Way};
 use crate::transport::{Job, Link, Mapping, PeerInfo, RemoteKey, RemoteTicket, not_imported};
 use crate::{Error, Memory, Result};
 use kvxfer_proto::{ErrorCode, RegionId, TransferId};
@@ -163,7 +163,9 @@ impl Link for CudaLink {
         let mut imports = self.imports.lock();
         let gone = imports.regions.remove(&key);
         let mut dropped = None;
-        if let Some(Target::Opened { opened, .. }) = gone.as_deref() {
+        if let Some(Target::Opened { opened, .. }) = gone.as_deref()
+            && opened.is_found_again()
+        {
             // Ones that are known already move to the front.
             imports.kept.retain(|o| !Arc::ptr_eq(o, opened));
             imports.kept.push_front(opened.clone());
@@ -193,13 +195,10 @@ impl Link for CudaLink {
         let target = self.target(job.remote).ok_or_else(|| not_imported(job.remote))?;
         let here: Option<&Device> = job.local.on_device();
         let there = target.device();
-        let device = here.or(there).ok_or_else(|| {
-            Error::failed(
-                ErrorCode::Unsupported,
-                "cuda_ipc carries transfers with a GPU on one side at least",
-            )
-        })?;
-        let engine = Engine::of(device)?;
+        let engine = match job.local.block() {
+            Some(block) => block.engine()?,
+            None => target.engine()?,
+        };
         let kernel = match (here, there) {
             (Some(a), Some(b)) => a.reaches(b)?,
             _ => true,

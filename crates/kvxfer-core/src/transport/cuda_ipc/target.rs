@@ -1,7 +1,7 @@
 //! The remote side of a job: an imported region as device-visible addresses of this process.
 
 use super::TABLE;
-use crate::cuda::{Device, Opened};
+use crate::cuda::{Device, Engine, Opened};
 use crate::{Error, Memory, Result};
 use kvxfer_proto::{ErrorCode, RegionId};
 use parking_lot::Mutex;
@@ -39,6 +39,23 @@ impl Target {
             Self::Opened { opened, .. } => Some(opened.device()),
             Self::Here { device, .. } => device.as_ref(),
             Self::Pool(_) => None,
+        }
+    }
+
+    /// What copies on that device.
+    pub(super) fn engine(&self) -> Result<Arc<Engine>> {
+        let no_device = || {
+            Error::failed(
+                ErrorCode::Unsupported,
+                "cuda_ipc carries transfers with a GPU on one side at least",
+            )
+        };
+        match self {
+            Self::Opened { opened, .. } => opened.engine(),
+            Self::Here { owner, region, .. } => {
+                here(*owner, *region)?.block().ok_or_else(no_device)?.engine()
+            }
+            Self::Pool(_) => Err(no_device()),
         }
     }
 }

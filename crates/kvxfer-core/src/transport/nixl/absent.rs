@@ -1,6 +1,6 @@
 //! What remains in a build without the feature `nixl`: the answer that it is not there.
 
-use super::Probe;
+use super::{Probe, RemotePlace};
 use crate::config::{AgentConfig, NixlConfig};
 use crate::transport::{Op, Piece, Transport};
 use crate::{Error, Memory, Result};
@@ -51,7 +51,7 @@ impl Bare {
         _op: Op,
         _local: &Memory,
         _peer: &str,
-        _remote_address: u64,
+        _remote: RemotePlace,
         _pieces: &[Piece],
         _timeout: Duration,
     ) -> Result<()> {

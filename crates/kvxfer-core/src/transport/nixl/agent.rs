@@ -90,10 +90,12 @@ pub(super) fn only_backend(backends: &[Backend], backend: &Backend) -> Result<Op
 
 /// What NIXL calls the place of a memory: its kind, and the number of the device.
 pub(super) fn place_of(memory: &Memory) -> (MemType, u64) {
-    match memory.on_device() {
-        Some(device) => (MemType::Vram, device.ordinal() as u64),
-        None => (MemType::Dram, 0),
-    }
+    place_on(memory.on_device().map(crate::cuda::Device::ordinal))
+}
+
+/// The same by the number of a CUDA device; none for host memory.
+pub(super) fn place_on(device: Option<i32>) -> (MemType, u64) {
+    device.map_or((MemType::Dram, 0), |ordinal| (MemType::Vram, ordinal as u64))
 }
 
 /// An empty list of transfer descriptors.

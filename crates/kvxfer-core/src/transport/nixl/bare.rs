@@ -4,7 +4,8 @@
 //! timed beyond the deadline of [`Bare::transfer`]. The side that is written to or read from must call
 //! [`Bare::progress`] in a loop while the other side transfers: NIXL moves some messages through its worker.
 
-use super::agent::{create_agent, failed, only_backend, place_of, register, xfer_list};
+use super::RemotePlace;
+use super::agent::{create_agent, failed, only_backend, place_of, place_on, register, xfer_list};
 use crate::config::NixlConfig;
 use crate::transport::{Op, Piece};
 use crate::{Error, Memory, Result};
@@ -46,25 +47,26 @@ impl Bare {
         self.agent.load_remote_md(metadata).map_err(|e| failed("load_remote_md", &e))
     }
 
-    /// Moves `pieces` between `local` (registered) and memory of the same kind (and device number) that starts at `remote_address` in
-    /// `peer`, with one request, and polls until it has ended. Offsets are not checked here; NIXL refuses what is not registered.
+    /// Moves `pieces` between `local` (registered) and memory of `peer`, with one request, and polls until it has ended. Offsets are
+    /// not checked here; NIXL refuses what is not registered.
     pub fn transfer(
         &self,
         op: Op,
         local: &Memory,
         peer: &str,
-        remote_address: u64,
+        remote: RemotePlace,
         pieces: &[Piece],
         timeout: Duration,
     ) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let base = local.as_ptr() as u64;
         let (kind, device) = place_of(local);
+        let (far_kind, far_device) = place_on(remote.device);
         let mut locals = xfer_list(kind)?;
-        let mut remotes = xfer_list(kind)?;
+        let mut remotes = xfer_list(far_kind)?;
         for piece in pieces {
             locals.add_desc((base + piece.local_offset) as usize, piece.len as usize, device);
-            remotes.add_desc((remote_address + piece.remote_offset) as usize, piece.len as usize, device);
+            remotes.add_desc((remote.address + piece.remote_offset) as usize, piece.len as usize, far_device);
         }
         let args = only_backend(&self.backends, &self.backends[0])?;
         let direction = match op {

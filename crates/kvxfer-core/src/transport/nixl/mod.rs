@@ -46,3 +46,12 @@ pub use probe::probe;
 pub use report::{BackendProbe, Probe};
 #[cfg(feature = "nixl")]
 pub use transport::{NixlTransport, start};
+
+/// Where a peer's memory begins, as its owner tells it to whoever uses a [`Bare`].
+#[derive(Clone, Copy, Debug)]
+pub struct RemotePlace {
+    /// In the peer's process.
+    pub address: u64,
+    /// Number of the CUDA device it lies on, as the peer counts; none for host memory.
+    pub device: Option<i32>,
+}
