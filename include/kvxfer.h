@@ -1337,7 +1337,7 @@ kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
 // as addresses of this process, where the receiver's pool is mapped in it (`shm`; `cuda_ipc` for a GPU's). Fill them, then put the
 // same batch, with a NULL `region` for each chunk that has its place here. A chunk whose `address` is NULL is put from a region.
 //
-// In `batch` each chunk has a NULL `region` and one run `{0, length}`; `after` is not looked at. `device` is -1 for host memory, or
+// In `batch` each chunk has one run `{0, length}`; `region` and `after` are not looked at. `device` is -1 for host memory, or
 // the CUDA device whose memory is wanted. `places` has room for `batch.count`. Waits for admission at most `patience_ms`; whatever
 // prevents places gives NULLs, loses nothing, and is no error. Addresses are the caller's until the batch is put or given up with
 // `kvxfer_outbox_give_up`, also when the request fails meanwhile; afterwards nothing may be written there.

@@ -5,7 +5,7 @@ use super::header::{Function, Header};
 use std::fmt::Write as _;
 
 /// Parameters that may be NULL, as their functions' documentation says.
-const NULLABLE: [(&str, &str); 21] = [
+const NULLABLE: [(&str, &str); 22] = [
     ("kvxfer_agent_new", "config"),
     ("kvxfer_peer_write", "options"),
     ("kvxfer_peer_read", "options"),
@@ -20,6 +20,7 @@ const NULLABLE: [(&str, &str); 21] = [
     ("kvxfer_agent_try_notification", "peer_out"),
     ("kvxfer_agent_wait_notification", "peer_out"),
     ("kvxfer_reservation_write_after", "after"),
+    ("kvxfer_outbox_give_up", "after"),
     ("kvxfer_gather_start", "after"),
     ("kvxfer_gather_wait", "bytes_out"),
     ("kvxfer_gather_wait", "digest_out"),
@@ -149,6 +150,7 @@ fn valid(header: &Header, function: &Function, kind: &str, name: &str) -> String
         ("const kvxfer_chunk_source_t *", _) => "&source".into(),
         ("const char *const *", _) => "keys".into(),
         ("const kvxfer_found_target_t *", _) => "&target".into(),
+        ("kvxfer_place_t *", _) => "&place".into(),
         ("kvxfer_found_chunk_t *", _) => "&found_chunk".into(),
         ("kvxfer_read_report_t *", _) => "&read_report".into(),
         ("const kvxfer_receiver_config_t *", _) => "&pool".into(),
@@ -200,6 +202,7 @@ int main(void) {
   kvxfer_piece_t piece = {0, 0, 64};
   kvxfer_run_t run = {0, 64};
   kvxfer_chunk_spec_t spec = {"null-chunk", 64};
+  kvxfer_place_t place = {NULL, 0};
   kvxfer_chunk_source_t source = {"null-chunk", fx.local, &run, 1};
   const char *keys[] = {"chunk-a"};
   kvxfer_found_target_t target = {fx.local, &run, 1, 0, 0};

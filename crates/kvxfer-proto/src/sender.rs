@@ -665,3 +665,7 @@ impl Sender {
         self.outputs.push_back(Output::Send(message));
     }
 }
+
+#[cfg(test)]
+#[path = "sender_tests.rs"]
+mod tests;

@@ -87,7 +87,7 @@ static ENGINES: LazyLock<Mutex<HashMap<i32, Weak<Engine>>>> = LazyLock::new(Mute
 
 impl Engine {
     /// The engine of a device; all agents of a process share it. It goes with its last holder: ask the memory for it, which holds it.
-    pub(super) fn of(device: &Device) -> Result<Arc<Self>> {
+    fn of(device: &Device) -> Result<Arc<Self>> {
         let mut known = ENGINES.lock();
         if let Some(engine) = known.get(&device.ordinal()).and_then(Weak::upgrade) {
             return Ok(engine);

@@ -5,7 +5,7 @@
 //! NUMA node. They come from a pool that grows with demand (a link bounds what it has under way), or belong to a link that keeps them itself.
 
 use super::device::Device;
-use super::engine::{Engine, Flight, Move};
+use super::engine::{Flight, Move};
 use crate::memory::{HugePages, near_node};
 use crate::{Memory, Result};
 use parking_lot::Mutex;
@@ -23,8 +23,6 @@ pub(crate) struct Staging {
 /// A piece of pinned memory, given back when dropped if it came from a pool.
 pub(crate) struct Slot {
     memory: Arc<Memory>,
-    /// Copies; kept, because its streams are dear to make.
-    engine: Arc<Engine>,
     home: Option<Arc<Staging>>,
 }
 
@@ -48,7 +46,7 @@ impl Staging {
             idle.iter().position(|m| m.len() >= len).map(|i| idle.swap_remove(i))
         };
         let memory = known.map_or_else(|| make(device, len), Ok)?;
-        Ok(Slot { memory, engine: Engine::of(device)?, home: Some(self.clone()) })
+        Ok(Slot { memory, home: Some(self.clone()) })
     }
 }
 
@@ -63,7 +61,7 @@ impl Slot {
     /// One of at least `len` bytes near `device`, that belongs to no pool.
     #[cfg(feature = "nixl")]
     pub(crate) fn new(device: &Device, len: usize) -> Result<Self> {
-        Ok(Self { memory: make(device, len)?, engine: Engine::of(device)?, home: None })
+        Ok(Self { memory: make(device, len)?, home: None })
     }
 
     pub(crate) fn memory(&self) -> &Arc<Memory> {
@@ -97,10 +95,10 @@ impl Slot {
         fill: bool,
         then: Option<Then>,
     ) -> Result<Landing> {
-        let (near, engine) = (&self.memory, &self.engine);
-        if !far.is_device() {
-            return Err(crate::Error::failed(kvxfer_proto::ErrorCode::Unsupported, "not a GPU's memory"));
-        }
+        let near = &self.memory;
+        let block = far.block().ok_or_else(|| {
+            crate::Error::failed(kvxfer_proto::ErrorCode::Unsupported, "not a GPU's memory")
+        })?;
         let total: u64 = ranges.iter().map(|r| u64::from(r.1)).sum();
         near.range(0, total)?;
         let mut at = near.as_ptr() as u64;
@@ -112,6 +110,7 @@ impl Slot {
             at += len;
             Move { src, dst, len }.append_to(&mut moves);
         }
+        let engine = block.engine()?;
         let stream = engine.pick();
         // SAFETY: both sides were range-checked; the landing keeps the device's, whoever holds it keeps the slot, and its end is awaited
         // when it is dropped.
