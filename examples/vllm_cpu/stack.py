@@ -57,6 +57,18 @@ def get(url):
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2)
 
 
+def wake_tiles(url):
+    """On a processor with AMX, vLLM 0.32 dies of its first prompt when that is a single token (SIGILL, with or without a connector): its
+    attention uses tiles before anything has asked the kernel for them, which the products of a longer prompt do."""
+    if "amx_tile" not in pathlib.Path("/proc/cpuinfo").read_text():
+        return
+    body = {"model": MODEL_NAME, "prompt": list(range(3, 67)), "max_tokens": 1, "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener.open(request, timeout=START_TIMEOUT_S).close()
+
+
 class Server:
     """A child below a keeper (see `keeper.py`), with its log. It ends with this process, however that ends."""
 
@@ -175,6 +187,8 @@ class Stack:
             self.servers.append(self._serve_proxy(prefiller, decoder, proxy, init, alloc, notify))
         for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=False):
             server.wait_healthy(url, deadline)
+        for url in (self.prefiller, self.decoder):
+            wake_tiles(url)
         self._wait_known(deadline)
 
     def _wait_known(self, deadline):
@@ -209,6 +223,7 @@ class Stack:
         url = {"prefiller": self.prefiller, "decoder": self.decoder}[role]
         deadline = time.monotonic() + START_TIMEOUT_S
         self.servers[index].wait_healthy(url, deadline)
+        wake_tiles(url)
         self._wait_known(deadline)
 
     def _serve(self, role, mode="wb"):
