@@ -72,3 +72,11 @@ def start_other():
 def agent():
     with kvxfer.Agent("here") as agent:
         yield agent
+
+
+@pytest.fixture
+def receiver():
+    with kvxfer.Agent("decoder", listen="tcp://127.0.0.1:0") as agent:
+        with kvxfer.Receiver(agent, other_process.GEOMETRY, pages=8) as receiver:
+            receiver.listens_on = agent.addresses[0]
+            yield receiver

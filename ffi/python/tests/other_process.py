@@ -3,6 +3,8 @@
 import kvxfer
 
 REGION_BYTES = 4 << 20
+PAGE = 64 << 10
+GEOMETRY = kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="bfloat16", layout="KV_2LTD", chunk_tokens=256)
 
 
 def pattern(length, seed=0):

@@ -5,19 +5,9 @@ import asyncio
 import pytest
 
 import kvxfer
-from other_process import pattern
+from other_process import GEOMETRY, PAGE, pattern
 
 WAIT_S = 20
-PAGE = 64 << 10
-GEOMETRY = kvxfer.Geometry(page_bytes=PAGE, model="tiny", dtype="bfloat16", layout="KV_2LTD", chunk_tokens=256)
-
-
-@pytest.fixture
-def receiver():
-    with kvxfer.Agent("decoder", listen="tcp://127.0.0.1:0") as agent:
-        with kvxfer.Receiver(agent, GEOMETRY, pages=8) as receiver:
-            receiver.listens_on = agent.addresses[0]
-            yield receiver
 
 
 @pytest.fixture

@@ -54,6 +54,10 @@ struct Pointer {
 }
 
 impl Block {
+    fn new(device: Device, base: u64, len: usize, owner: Owner) -> Self {
+        Self { device, base, len, stream: OnceLock::new(), engine: Kept::default(), owner }
+    }
+
     /// `len` bytes of zeros.
     pub(crate) fn allocate(device: &Device, len: usize) -> Result<Self> {
         let here = device.enter()?;
@@ -63,14 +67,7 @@ impl Block {
             sys::cuMemAlloc_v2(&raw mut base, len)
         })?;
         drop(here);
-        let block = Self {
-            device: device.clone(),
-            base,
-            len,
-            stream: OnceLock::new(),
-            engine: Kept::default(),
-            owner: Owner::Allocated,
-        };
+        let block = Self::new(device.clone(), base, len, Owner::Allocated);
         block.clear()?;
         Ok(block)
     }
@@ -80,14 +77,7 @@ impl Block {
         let mapped = Mapped::create(device, len)?;
         let base = mapped.base();
         let owner = Owner::Shareable(mapped);
-        let block = Self {
-            device: device.clone(),
-            base,
-            len,
-            stream: OnceLock::new(),
-            engine: Kept::default(),
-            owner,
-        };
+        let block = Self::new(device.clone(), base, len, owner);
         block.clear()?;
         Ok(block)
     }
@@ -134,26 +124,15 @@ impl Block {
                 })?;
             known = next.end();
         }
-        Ok(Self {
-            device,
-            base,
-            len,
-            stream: OnceLock::new(),
-            engine: Kept::default(),
-            owner: Owner::Foreign,
-        })
+        Ok(Self::new(device, base, len, Owner::Foreign))
     }
 
     /// `len` bytes from `offset` on of what another process has shared; `None` beyond its end.
     pub(crate) fn opened(opened: &Arc<Opened>, offset: u64, len: usize) -> Option<Self> {
         let inside = offset <= opened.size() && len as u64 <= opened.size() - offset;
-        inside.then(|| Self {
-            device: opened.device().clone(),
-            base: opened.base() + offset,
-            len,
-            stream: OnceLock::new(),
-            engine: Kept::default(),
-            owner: Owner::Opened(opened.clone()),
+        inside.then(|| {
+            let owner = Owner::Opened(opened.clone());
+            Self::new(opened.device().clone(), opened.base() + offset, len, owner)
         })
     }
 

@@ -104,7 +104,27 @@ class Staging(PagedCpuGpuMemoryAllocator):
             self._freed.notify_all()
 
 
-class ReceivedChunks(MemoryAllocatorInterface):
+class GivenMemory(MemoryAllocatorInterface):
+    """The parent of memory objects whose memory others allocate and fill: it has none to give."""
+
+    def allocate(
+        self, shapes: Any, dtypes: Any, fmt: Any = None, allocator_type: str | None = None
+    ) -> MemoryObj | None:
+        return None
+
+    def batched_allocate(
+        self, shapes: Any, dtypes: Any, batch_size: int, fmt: Any = None, allocator_type: str | None = None
+    ) -> list[MemoryObj] | None:
+        return None
+
+    def batched_free(
+        self, memory_objs: list[MemoryObj], allocator_type: str | None = None, update_stats: bool = True
+    ) -> None:
+        for memory_obj in memory_objs:
+            self.free(memory_obj)
+
+
+class ReceivedChunks(GivenMemory):
     """The parent of memory objects that lie in the receiver's pool: freeing one lets go of its chunk."""
 
     def __init__(
@@ -138,20 +158,3 @@ class ReceivedChunks(MemoryAllocatorInterface):
             memory_obj.invalidate()
             memory_obj.kvxfer_chunk = None
             chunk.release()
-
-    def batched_free(
-        self, memory_objs: list[MemoryObj], allocator_type: str | None = None, update_stats: bool = True
-    ) -> None:
-        for memory_obj in memory_objs:
-            self.free(memory_obj)
-
-    def allocate(
-        self, shapes: Any, dtypes: Any, fmt: Any = None, allocator_type: str | None = None
-    ) -> MemoryObj | None:
-        """None: prefillers fill this memory, nobody else."""
-        return None
-
-    def batched_allocate(
-        self, shapes: Any, dtypes: Any, batch_size: int, fmt: Any = None, allocator_type: str | None = None
-    ) -> list[MemoryObj] | None:
-        return None

@@ -12,15 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from lmcache.v1.memory_management import (
-    MemoryAllocatorInterface,
-    MemoryFormat,
-    MemoryObj,
-    MemoryObjMetadata,
-    TensorMemoryObj,
-)
+from lmcache.v1.memory_management import MemoryFormat, MemoryObj, MemoryObjMetadata, TensorMemoryObj
 
-from kvxfer.lmcache.buffer import tensor_over
+from kvxfer.lmcache.buffer import GivenMemory, tensor_over
 from kvxfer.outbox import Place
 
 
@@ -42,7 +36,7 @@ class KnownChunks:
         return [(key.to_string(), end - start) for start, end, key in self._chunks if end > start]
 
 
-class Places(MemoryAllocatorInterface):
+class Places(GivenMemory):
     """The places of one store, and the parent of the memory objects in them: letting go of one does nothing, the page is the decoder's."""
 
     def __init__(self, request: str, keys: Sequence[str], places: Sequence[Place | None], device: str):
@@ -70,23 +64,6 @@ class Places(MemoryAllocatorInterface):
 
     def free(self, memory_obj: MemoryObj, allocator_type: str | None = None) -> None:
         memory_obj.invalidate()
-
-    def batched_free(
-        self, memory_objs: list[MemoryObj], allocator_type: str | None = None, update_stats: bool = True
-    ) -> None:
-        for memory_obj in memory_objs:
-            self.free(memory_obj)
-
-    def allocate(
-        self, shapes: Any, dtypes: Any, fmt: Any = None, allocator_type: str | None = None
-    ) -> MemoryObj | None:
-        """None: places are asked for before a store, all at once."""
-        return None
-
-    def batched_allocate(
-        self, shapes: Any, dtypes: Any, batch_size: int, fmt: Any = None, allocator_type: str | None = None
-    ) -> list[MemoryObj] | None:
-        return None
 
 
 def is_placed(memory_obj: MemoryObj) -> bool:
