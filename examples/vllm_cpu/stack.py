@@ -187,8 +187,10 @@ class Stack:
             self.servers.append(self._serve_proxy(prefiller, decoder, proxy, init, alloc, notify))
         for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=False):
             server.wait_healthy(url, deadline)
-        for url in (self.prefiller, self.decoder):
-            wake_tiles(url)
+        if self.mode == "vllm":
+            # Others get no prompts that short, and LMCache's own PD backend dies of one that names no receiver.
+            wake_tiles(self.prefiller)
+            wake_tiles(self.decoder)
         self._wait_known(deadline)
 
     def _wait_known(self, deadline):
@@ -223,7 +225,8 @@ class Stack:
         url = {"prefiller": self.prefiller, "decoder": self.decoder}[role]
         deadline = time.monotonic() + START_TIMEOUT_S
         self.servers[index].wait_healthy(url, deadline)
-        wake_tiles(url)
+        if self.mode == "vllm":
+            wake_tiles(url)
         self._wait_known(deadline)
 
     def _serve(self, role, mode="wb"):

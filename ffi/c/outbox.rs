@@ -239,8 +239,8 @@ pub unsafe extern "C" fn kvxfer_outbox_place(
         };
         let patience = timeout("patience_ms", patience_ms)?;
         let device = (device >= 0).then_some(device);
-        let placed = object.outbox.place(announcement, device, patience)?;
-        for (slot, place) in out.iter_mut().zip(&placed) {
+        let given = object.outbox.place(announcement, device, patience)?;
+        for (slot, place) in out.iter_mut().zip(&given) {
             let at = |p: &Placed| p.memory.as_ptr().wrapping_add(p.offset as usize);
             *slot = kvxfer_place_t {
                 address: place.as_ref().map_or(std::ptr::null_mut(), |p| at(p).cast()),

@@ -1,5 +1,6 @@
 //! What the machine says of chunks whose bytes have not been supplied. Everything else is tested with both machines, in `tests/sim`.
 
+use super::Standing::{HasPage, NoPage, Unknown};
 use super::*;
 use crate::ChunkKey;
 
@@ -21,7 +22,6 @@ fn chunks_without_bytes_stand_as_the_receiver_says() {
     let specs = (0..3).map(spec).collect();
     let serial = sender.reserve(now, request, specs, 2, deadline, Integrity::Bound).expect("taken");
     let stand = |s: &Sender| (0..5).map(|chunk| s.standing(serial, chunk)).collect::<Vec<_>>();
-    use Standing::{HasPage, NoPage, Unknown};
     assert_eq!(stand(&sender), [Unknown, Unknown, Unknown, NoPage, NoPage], "not admitted; two have no name");
 
     let slots = vec![page(3), Slot::Present, Slot::Pending];
