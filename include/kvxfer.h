@@ -1335,7 +1335,8 @@ kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
 
 // Asks for the chunks of a batch to be produced where they are to be: names them at the receiver and gives the pages that they got,
 // as addresses of this process, where the receiver's pool is mapped in it (`shm`; `cuda_ipc` for a GPU's). Fill them, then put the
-// same batch, with a NULL `region` for each chunk that has its place here. A chunk whose `address` is NULL is put from a region.
+// same batch, with a NULL `region` for each chunk that was filled there. A chunk whose `address` is NULL, or whose place was not used, is put
+// from a region.
 //
 // In `batch` each chunk has one run `{0, length}`; `region` and `after` are not looked at. `device` is -1 for host memory, or
 // the CUDA device whose memory is wanted. `places` has room for `batch.count`. Waits for admission at most `patience_ms`; whatever

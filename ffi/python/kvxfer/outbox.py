@@ -120,7 +120,8 @@ class Outbox:
         patience: float = 0.005,
     ) -> list[Place | None]:
         """Asks for chunks of (key, length) to be produced where they are to be: the receiver's pages, as addresses of this process (or
-        of the CUDA device `device`). Fill them, then `put` the same chunks; one that has None here is put from a region.
+        of the CUDA device `device`). Fill them, then `put` the same chunks; one that has None here, or was not filled
+        there, is put from a region.
 
         Waits for admission at most `patience` seconds; whatever prevents places gives None and loses nothing. Until the `put`, or
         `give_up`, the places are the caller's, whatever becomes of the request; afterwards nothing may be written there."""

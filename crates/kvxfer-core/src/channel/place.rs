@@ -4,6 +4,7 @@
 //! is not given to anybody else before the place is committed or dropped, or this process has ended.
 
 use super::digest::Bytes;
+use super::sender::ChunkSource;
 use super::session::{Session, failed, part};
 use crate::cuda::Fence;
 use crate::transport::{Mapping, TransportKind};
@@ -79,6 +80,15 @@ impl Place {
                 after.map_or(Ok(()), |fence| fence.wait())?;
                 open.check()
             });
+        }
+    }
+
+    /// The bytes are somewhere else after all: they are written here like any others ([`super::Reservation::write`]).
+    pub fn write(mut self, source: ChunkSource) {
+        if let Some(Open { session, write, mapping, .. }) = self.open.take() {
+            drop(mapping);
+            session.write_instead(write, source);
+            part(session);
         }
     }
 

@@ -302,6 +302,14 @@ impl Session {
         Ok(Some(Place::new(self.clone(), write, binding, kind, mapping, offset, level)))
     }
 
+    /// Writes a chunk that was to be made in its place after all.
+    pub(super) fn write_instead(&self, write: Write, source: ChunkSource) {
+        if let Some(r) = self.state.lock().requests.get_mut(&write.serial) {
+            r.sources[write.chunk as usize] = Some(Arc::new(source));
+        }
+        self.start(write);
+    }
+
     /// Whether pages of the pool are in this process's address space.
     pub(super) fn maps(&self, device: Option<i32>) -> bool {
         self.pool().is_ok_and(|(remote, ..)| self.peer.mapping(&remote, device).is_some())

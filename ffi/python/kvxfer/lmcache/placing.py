@@ -41,7 +41,7 @@ class Places(GivenMemory):
 
     def __init__(self, request: str, keys: Sequence[str], places: Sequence[Place | None], device: str):
         self.request, self.keys = request, list(keys)
-        self._places, self._device = list(places), device
+        self._places = [place and (place, _tensor(place, device)) for place in places]
         self._next = 0
         self.put = False
 
@@ -51,6 +51,7 @@ class Places(GivenMemory):
         place = self._places[at] if at < len(self._places) else None
         if place is None:
             return None
+        place, tensor = place
         shapes, dtypes = _as_lists(shapes, dtypes)
         size = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
         if size != place.length:
@@ -58,7 +59,7 @@ class Places(GivenMemory):
                 f"LMCache allocates {size} bytes for chunk {at} of a store, which was named with {place.length}"
             )
         metadata = MemoryObjMetadata(shapes[0], dtypes[0], place.address, size, 1, 0, fmt, shapes=shapes, dtypes=dtypes)
-        placed = TensorMemoryObj(_tensor(place, self._device), metadata, self)
+        placed = TensorMemoryObj(tensor, metadata, self)
         placed.kvxfer_placed = True
         return placed
 

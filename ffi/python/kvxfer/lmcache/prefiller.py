@@ -89,6 +89,7 @@ class Prefiller:
         # vLLM's name of a request to the proxy's.
         self._names: dict[str, str] = {}
         self._steps = itertools.count(1)
+        self._in_place = c.pd.in_place
         self._closed = False
 
     def allocate(self, shapes: Any, dtypes: Any, fmt: MemoryFormat) -> MemoryObj | None:
@@ -136,7 +137,7 @@ class Prefiller:
             with self._lock:
                 self._names[request] = str(transfer_spec.req_id)
         try:
-            local.places = None if chunks is None else self._place(chunks.keys, transfer_spec)
+            local.places = None if chunks is None or not self._in_place else self._place(chunks.keys, transfer_spec)
             yield
         finally:
             places = local.places
@@ -160,7 +161,13 @@ class Prefiller:
             device=self._region.device,
             patience=c.pd.in_place_patience,
         )
-        return Places(step.name, [key for key, _ in keys], places, c.device)
+        try:
+            return Places(step.name, [key for key, _ in keys], places, c.device)
+        except Exception:
+            # A torch that does not take such memory: the places are not used, now and later.
+            logger.exception("kvxfer: chunks cannot be gathered in place here; they are copied from now on")
+            self._in_place = False
+            return Places(step.name, [key for key, _ in keys], [None] * len(places), c.device)
 
     def _step(self, spec: Any) -> _Step:
         """What a `disagg_spec` says of the step that this thread is storing."""

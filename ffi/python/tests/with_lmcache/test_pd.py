@@ -240,6 +240,25 @@ def test_a_store_that_ends_early_gives_its_pages_back(decoder, prefiller, ports)
     assert all(decoder.ask("take", n, CHUNK) for n in (2, 3, 4))
 
 
+def test_a_torch_that_takes_no_places_gets_pages_of_its_own(decoder, prefiller, ports, monkeypatch):
+    from kvxfer.lmcache import placing
+
+    backend = prefiller(pd={"in_place_patience": SOON})
+    store(backend, [1], spec(ports[0], "a"))[1].result(SOON)
+
+    def refuse(place, device):
+        raise RuntimeError("not this memory")
+
+    monkeypatch.setattr(placing, "_tensor", refuse)
+    placed, future = store(backend, [2, 3], spec(ports[0], "b"))
+    assert (placed, future.result(SOON)) == ([False, False], 2)
+    monkeypatch.undo()
+    placed, future = store(backend, [4], spec(ports[0], "c"))
+    assert (placed, future.result(SOON)) == ([False], 1), "not tried again"
+    assert all(decoder.ask("take", n, CHUNK) for n in (1, 2, 3, 4))
+    decoder.until(lambda s: s.free_pages == PAGES, "all taken")
+
+
 def test_a_decoder_without_a_page_to_give_is_written_to_later(decoder, prefiller, ports):
     backend, other = prefiller(pd={"in_place_patience": 0.05}), prefiller(pd={"in_place_patience": 0.05})
     store(backend, [1], spec(ports[0], "a"))[1].result(SOON)

@@ -67,7 +67,7 @@ pub struct Batch {
     /// No further batch follows.
     pub last: bool,
     /// The chunks and their bytes, which must stay as they are until the batch is released. `None`: in the place that
-    /// [`Outbox::place`] gave.
+    /// [`Outbox::place`] gave; a source for such a chunk means that the place was not used.
     pub chunks: Vec<(ChunkSpec, Option<ChunkSource>)>,
     /// All of them are complete at this point of a CUDA stream; not read before.
     pub after: Option<Fence>,
@@ -166,6 +166,8 @@ enum Bytes {
     At(ChunkSource),
     /// In their place.
     Here(Place),
+    /// To be written to a place that the engine did not use.
+    Instead(Place, ChunkSource),
 }
 
 #[derive(Default)]
@@ -236,7 +238,7 @@ impl Outbox {
         self.shared.events.queue.lock().open += 1;
         let release = Arc::new(Release { batch: number, events: self.shared.events.clone() });
         for (_, bytes) in &mut chunks {
-            if let Bytes::At(source) = bytes {
+            if let Bytes::At(source) | Bytes::Instead(_, source) = bytes {
                 source.keep = Some(release.clone());
                 if after.is_some() {
                     source.after.clone_from(&after);
@@ -549,7 +551,8 @@ impl Shared {
                     result = reservation.write(first + i, source);
                 }
                 (Bytes::Here(place), Some(_)) if result.is_ok() => place.commit(after.clone()),
-                (Bytes::Here(place), _) => place.give_up(after.clone()),
+                (Bytes::Instead(place, source), Some(_)) if result.is_ok() => place.write(source),
+                (Bytes::Here(place) | Bytes::Instead(place, _), _) => place.give_up(after.clone()),
                 (Bytes::At(_), _) => {}
             }
         }

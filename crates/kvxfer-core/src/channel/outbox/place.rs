@@ -45,8 +45,8 @@ pub(super) struct Named {
 
 impl Outbox {
     /// Names a batch's chunks at their receiver and gives the pages that they got there, in this process's address space: host memory,
-    /// or with `device` that GPU's. Fill those, then [`Outbox::put`] the same chunks: `None` instead of a source for each that has a
-    /// place here. A chunk that has none is put from the engine's memory as ever.
+    /// or with `device` that GPU's. Fill those, then [`Outbox::put`] the same chunks: `None` instead of a source for each that has been
+    /// filled. A chunk that has no place, or whose place was not used, is put from the engine's memory as ever.
     ///
     /// Waits for admission at most `patience`, and for nothing else. Whatever prevents places (a receiver that is not connected yet, is
     /// reached another way, has no pages free; a request that has failed) gives none and loses nothing. Until the batch is put or
@@ -154,9 +154,7 @@ impl Named {
             let bytes = match (source, place) {
                 (Some(source), None) => Bytes::At(source),
                 (None, Some(place)) => Bytes::Here(place),
-                (Some(_), Some(_)) => {
-                    return Err((request, wrong(format!("chunk {} has a place, and a source", spec.key))));
-                }
+                (Some(source), Some(place)) => Bytes::Instead(place, source),
                 (None, None) => return Err((request, no_place(&spec))),
             };
             joined.push((spec, bytes));
@@ -179,7 +177,7 @@ pub(super) fn unplaced(chunks: Vec<(ChunkSpec, Option<ChunkSource>)>) -> Result<
 /// Lets go of the places of a batch whose request has ended.
 pub(super) fn give_up(chunks: Vec<(ChunkSpec, Bytes)>, after: Option<&Fence>) {
     for (_, bytes) in chunks {
-        if let Bytes::Here(place) = bytes {
+        if let Bytes::Here(place) | Bytes::Instead(place, _) = bytes {
             place.give_up(after.cloned());
         }
     }

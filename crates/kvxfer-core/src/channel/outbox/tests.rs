@@ -388,14 +388,13 @@ fn places_given_up_end_their_request_and_give_the_pages_back() {
 
 #[test]
 fn a_batch_that_is_not_what_was_announced_fails_its_request() {
-    let (_to, from, receiver, outbox, address) = connected(4, SOON);
+    let (_to, _from, receiver, outbox, address) = connected(4, SOON);
     let a = announced("a", &address, 0..2, (2, true, true));
-    for wrong in ["fewer", "source", "neither"] {
+    for wrong in ["fewer", "neither"] {
         outbox.place(again(&a), None, SOON).expect("asked");
         let mut put = in_place(&a);
         match wrong {
             "fewer" => drop(put.chunks.pop()),
-            "source" => put.chunks[1].1 = chunks(&from, 1..2).remove(0).1,
             _ => {
                 // No place was ever asked for.
                 outbox.give_up(&id("a"), None);
@@ -405,6 +404,21 @@ fn a_batch_that_is_not_what_was_announced_fails_its_request() {
         assert!(collect(&outbox, 1, 0).0[0].1.is_err(), "{wrong}");
         until(|| receiver.stats().free == 3);
     }
+}
+
+#[test]
+fn a_place_that_was_not_used_is_written_from_memory() {
+    let (_to, from, receiver, outbox, address) = connected(4, SOON);
+    let a = announced("a", &address, 0..2, (2, true, true));
+    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    fill(places[0].as_ref().expect("a place"), 9);
+    let mut put = in_place(&a);
+    put.chunks[1].1 = chunks(&from, 1..2).remove(0).1;
+    let batch = outbox.put(put).expect("taken");
+    let (ended, released) = collect(&outbox, 1, 1);
+    assert_eq!((ended[0].1.as_ref().expect("delivered").written, released), (2, vec![batch]));
+    assert_eq!(bytes_of(&receiver, 0), vec![9; PAGE as usize]);
+    assert_eq!(bytes_of(&receiver, 1), vec![2; PAGE as usize], "what the source has");
 }
 
 #[test]
