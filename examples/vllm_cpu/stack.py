@@ -187,11 +187,14 @@ class Stack:
             self.servers.append(self._serve_proxy(prefiller, decoder, proxy, init, alloc, notify))
         for server, url in zip(self.servers, (self.prefiller, self.decoder, self.proxy), strict=False):
             server.wait_healthy(url, deadline)
-        if self.mode == "vllm":
-            # Others get no prompts that short, and LMCache's own PD backend dies of one that names no receiver.
-            wake_tiles(self.prefiller)
-            wake_tiles(self.decoder)
+        self._wake_tiles(self.prefiller)
+        self._wake_tiles(self.decoder)
         self._wait_known(deadline)
+
+    def _wake_tiles(self, url):
+        # LMCache's own PD backends die of a prompt that names no receiver; what uses them here begins with longer ones.
+        if self.mode == "vllm" or (self.mode, self.channel) == ("kvxfer", "kvxfer"):
+            wake_tiles(url)
 
     def _wait_known(self, deadline):
         """Until the proxy has both servers: it asks each now and then."""
@@ -225,8 +228,7 @@ class Stack:
         url = {"prefiller": self.prefiller, "decoder": self.decoder}[role]
         deadline = time.monotonic() + START_TIMEOUT_S
         self.servers[index].wait_healthy(url, deadline)
-        if self.mode == "vllm":
-            wake_tiles(url)
+        self._wake_tiles(url)
         self._wait_known(deadline)
 
     def _serve(self, role, mode="wb"):
