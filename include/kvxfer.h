@@ -1338,7 +1338,7 @@ kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
 // same batch, with a NULL `region` for each chunk that was filled there. A chunk whose `address` is NULL, or whose place was not used, is put
 // from a region.
 //
-// In `batch` each chunk has one run `{0, length}`; `region` and `after` are not looked at. `device` is -1 for host memory, or
+// A chunk in `batch` needs no `region`, and has one run `{0, length}` then; what regions hold and `after` are not looked at. `device` is -1 for host memory, or
 // the CUDA device whose memory is wanted. `places` has room for `batch.count`. Waits for admission at most `patience_ms`; whatever
 // prevents places gives NULLs, loses nothing, and is no error. Addresses are the caller's until the batch is put or given up with
 // `kvxfer_outbox_give_up`, also when the request fails meanwhile; afterwards nothing may be written there.

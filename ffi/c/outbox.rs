@@ -10,7 +10,7 @@ use super::handle::{borrow, into_raw, object, take};
 use super::panic::guard;
 use super::result::{KVXFER_OK, code, kvxfer_result_t, number};
 use super::sender::{kvxfer_chunk_source_t, kvxfer_sender_config_t, sender_config, source};
-use kvxfer_core::channel::{Announcement, Batch, Outbox, OutboxConfig, OutboxEvent, Placed};
+use kvxfer_core::channel::{Batch, Outbox, OutboxConfig, OutboxEvent};
 use kvxfer_core::proto::wire::ChunkSpec;
 use kvxfer_core::{Agent, ChunkKey, Error, ErrorCode, RequestId, Result};
 use std::ffi::{c_char, c_void};
@@ -164,42 +164,50 @@ pub unsafe extern "C" fn kvxfer_outbox_put(
     guard("kvxfer_outbox_put", || unsafe {
         let object = self::outbox(outbox)?;
         let out = Out::new("batch_out", batch_out)?;
+        let batch = self::batch(&object.agent, batch)?;
+        out.set(object.outbox.put(batch)?);
+        Ok(KVXFER_OK)
+    })
+}
+
+/// What a caller's batch comes to.
+unsafe fn batch(agent: &Agent, batch: *const kvxfer_batch_t) -> Result<Batch> {
+    // SAFETY: pointer arguments are as the header asks.
+    unsafe {
         let b = read_struct("batch", batch)?;
         if b.reserved != 0 {
             return Err(invalid("batch.reserved", format!("is {}, must be 0", b.reserved)));
         }
+        let after = fence("batch.after", b.after)?;
         let chunks = list("batch.chunks", b.chunks, b.count)?
             .iter()
             .map(|c| {
-                if c.region.is_null() {
-                    return Ok((spec(c)?, None));
-                }
-                let (source, len) = source(&object.agent, "chunks.region", c.region, c.runs, c.run_count)?;
-                Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, Some(source)))
+                let (source, len) = if c.region.is_null() {
+                    (None, length(c)?)
+                } else {
+                    let (source, len) = source(agent, "chunks.region", c.region, c.runs, c.run_count)?;
+                    (Some(source), len)
+                };
+                Ok((ChunkSpec { key: ChunkKey::new(text("chunks.key", c.key)?)?, len }, source))
             })
             .collect::<Result<Vec<_>>>()?;
-        let batch = Batch {
-            after: fence("batch.after", b.after)?,
+        Ok(Batch {
             request: RequestId::new(text("batch.request", b.request)?)?,
             receiver: text("batch.receiver", b.receiver)?.to_owned(),
             first: flag("batch.first", b.first)?,
             total: b.total,
             last: flag("batch.last", b.last)?,
             chunks,
-        };
-        out.set(object.outbox.put(batch)?);
-        Ok(KVXFER_OK)
-    })
+            after,
+        })
+    }
 }
 
-/// A chunk that has its bytes in a place, or is to get them there: one run from 0 on tells its length.
-unsafe fn spec(c: &kvxfer_chunk_source_t) -> Result<ChunkSpec> {
+/// Bytes of a chunk in a place.
+unsafe fn length(c: &kvxfer_chunk_source_t) -> Result<u64> {
     // SAFETY: pointer arguments are as the header asks.
-    let (key, runs) = unsafe { (text("chunks.key", c.key)?, list("chunks.runs", c.runs, c.run_count)?) };
-    match runs {
-        [run] if run.offset == 0 && run.length > 0 => {
-            Ok(ChunkSpec { key: ChunkKey::new(key)?, len: run.length })
-        }
+    match unsafe { list("chunks.runs", c.runs, c.run_count) }? {
+        [run] if run.offset == 0 && run.length > 0 => Ok(run.length),
         _ => Err(invalid("chunks.runs", "a chunk without a region has one run, {0, length of the chunk}")),
     }
 }
@@ -209,7 +217,7 @@ unsafe fn spec(c: &kvxfer_chunk_source_t) -> Result<ChunkSpec> {
 /// same batch, with a NULL `region` for each chunk that was filled there. A chunk whose `address` is NULL, or whose place was not used, is put
 /// from a region.
 ///
-/// In `batch` each chunk has one run `{0, length}`; `region` and `after` are not looked at. `device` is -1 for host memory, or
+/// A chunk in `batch` needs no `region`, and has one run `{0, length}` then; what regions hold and `after` are not looked at. `device` is -1 for host memory, or
 /// the CUDA device whose memory is wanted. `places` has room for `batch.count`. Waits for admission at most `patience_ms`; whatever
 /// prevents places gives NULLs, loses nothing, and is no error. Addresses are the caller's until the batch is put or given up with
 /// `kvxfer_outbox_give_up`, also when the request fails meanwhile; afterwards nothing may be written there.
@@ -224,29 +232,15 @@ pub unsafe extern "C" fn kvxfer_outbox_place(
     // SAFETY: pointer arguments are as the header asks.
     guard("kvxfer_outbox_place", || unsafe {
         let object = self::outbox(outbox)?;
-        let b = read_struct("batch", batch)?;
-        if b.reserved != 0 {
-            return Err(invalid("batch.reserved", format!("is {}, must be 0", b.reserved)));
-        }
-        let out = list_mut("places", places, b.count)?;
-        let specs = list("batch.chunks", b.chunks, b.count)?;
-        let announcement = Announcement {
-            request: RequestId::new(text("batch.request", b.request)?)?,
-            receiver: text("batch.receiver", b.receiver)?.to_owned(),
-            first: flag("batch.first", b.first)?,
-            total: b.total,
-            last: flag("batch.last", b.last)?,
-            chunks: specs.iter().map(|c| spec(c)).collect::<Result<_>>()?,
-        };
+        let batch = self::batch(&object.agent, batch)?;
+        let out = list_mut("places", places, batch.chunks.len())?;
         let patience = timeout("patience_ms", patience_ms)?;
         let device = (device >= 0).then_some(device);
-        let given = object.outbox.place(announcement, device, patience)?;
+        let given = object.outbox.place(&batch, device, patience)?;
         for (slot, place) in out.iter_mut().zip(&given) {
-            let at = |p: &Placed| p.memory.as_ptr().wrapping_add(p.offset as usize);
-            *slot = kvxfer_place_t {
-                address: place.as_ref().map_or(std::ptr::null_mut(), |p| at(p).cast()),
-                length: place.as_ref().map_or(0, |p| p.len),
-            };
+            let (address, length) =
+                place.as_ref().map_or((std::ptr::null_mut(), 0), |p| (p.as_ptr().cast(), p.len));
+            *slot = kvxfer_place_t { address, length };
         }
         Ok(KVXFER_OK)
     })

@@ -33,8 +33,8 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use outbox::{Announcement, Batch, Outbox, OutboxConfig, OutboxEvent, Placed};
-pub use place::Place;
+pub use outbox::{Batch, Outbox, OutboxConfig, OutboxEvent};
+pub use place::{Place, Placed};
 pub use query::{Found, ReadReport};
 pub use receiver::{Chunk, Lookup, PoolStats, Receiver, ReceiverConfig, ReceiverEvent};
 pub use sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};

@@ -22,54 +22,50 @@ pub struct Place {
     open: Option<Open>,
 }
 
-struct Open {
-    session: Arc<Session>,
-    write: Write,
-    binding: Binding,
-    kind: TransportKind,
-    mapping: Mapping,
-    offset: u64,
-    level: Integrity,
-    since: Instant,
+/// The write that a place is.
+pub(super) struct Open {
+    pub(super) session: Arc<Session>,
+    pub(super) write: Write,
+    pub(super) binding: Binding,
+    pub(super) kind: TransportKind,
+    pub(super) mapping: Mapping,
+    /// Where the page begins in the mapping.
+    pub(super) offset: u64,
+    pub(super) level: Integrity,
+    pub(super) since: Instant,
+}
+
+/// Where a chunk's bytes are to be produced.
+#[derive(Clone, Debug)]
+pub struct Placed {
+    /// The receiver's pool as it is mapped here, kept as long as this lives.
+    pub memory: Arc<Memory>,
+    /// Where the chunk begins in it.
+    pub offset: u64,
+    /// Its bytes.
+    pub len: u64,
+}
+
+impl Placed {
+    /// First byte; for device memory an address that kernels and copies of the device can use.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.memory.as_ptr().wrapping_add(self.offset as usize)
+    }
 }
 
 impl Place {
-    pub(super) fn new(
-        session: Arc<Session>,
-        write: Write,
-        binding: Binding,
-        kind: TransportKind,
-        mapping: Mapping,
-        offset: u64,
-        level: Integrity,
-    ) -> Self {
-        let since = Instant::now();
-        Self { open: Some(Open { session, write, binding, kind, mapping, offset, level, since }) }
+    pub(super) fn new(open: Open) -> Self {
+        Self { open: Some(open) }
     }
 
     fn open(&self) -> &Open {
         self.open.as_ref().unwrap_or_else(|| unreachable!("taken by calls only that consume the place"))
     }
 
-    /// The receiver's pool as it is mapped here.
-    pub fn memory(&self) -> &Arc<Memory> {
-        &self.open().mapping.memory
-    }
-    /// Where the chunk begins in it.
-    pub fn offset(&self) -> u64 {
-        self.open().offset
-    }
-    /// Bytes of the chunk.
-    pub fn len(&self) -> u64 {
-        self.open().binding.len
-    }
-    /// Never true: chunks are not empty.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-    /// Its first byte; for device memory an address that kernels and copies of the device can use.
-    pub fn as_ptr(&self) -> *mut u8 {
-        self.memory().as_ptr().wrapping_add(self.offset() as usize)
+    /// Where it is.
+    pub fn at(&self) -> Placed {
+        let open = self.open();
+        Placed { memory: open.mapping.memory.clone(), offset: open.offset, len: open.binding.len }
     }
 
     /// The bytes are there, or will be at that point of a CUDA stream. Does not wait for it.
@@ -125,20 +121,15 @@ impl Open {
             self.end(result);
             return;
         }
-        let session = self.session.clone();
-        let later = Arc::new(parking_lot::Mutex::new(Some((self, f))));
-        let work = later.clone();
+        let (session, mapping) = (self.session.clone(), self.mapping.clone());
         let started = session.aside(move || {
-            let taken = work.lock().take();
-            if let Some((open, f)) = taken {
-                let result = f(&open);
-                open.end(result);
-            }
+            let result = f(&self);
+            self.end(result);
         });
         if let Err(e) = started {
-            // Without a thread there is no way to know when a stream has passed: the page stays taken until this process has ended.
+            // Without a thread there is no way to know when a stream has passed: the page stays mapped and taken until this process ends.
             tracing::error!(error = %e, "a chunk in its place cannot be ended");
-            std::mem::forget(later);
+            std::mem::forget(mapping);
         }
         part(session);
     }
@@ -156,7 +147,7 @@ impl Open {
     fn end(self, result: Result<Check>) {
         let Self { session, write, binding, kind, mapping, since, .. } = self;
         if result.is_ok() {
-            session.count_placed(kind, binding.len, since.elapsed());
+            session.peer().count_placed(kind, binding.len, since.elapsed());
         }
         // The mapping goes first: from the next line on the page may be anybody's.
         drop(mapping);

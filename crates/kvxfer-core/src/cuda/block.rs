@@ -31,7 +31,7 @@ enum Owner {
     /// Somebody else frees it.
     Foreign,
     /// Part of another process's allocation, mapped here as long as this lives.
-    Opened(#[expect(dead_code, reason = "held for its drop")] Arc<Opened>),
+    Opened(Arc<Opened>),
 }
 
 /// Host memory registered with the driver until this is dropped: copies from and to it need no bounce buffer and do not block.
@@ -152,7 +152,10 @@ impl Block {
 
     /// What copies on its device.
     pub(crate) fn engine(&self) -> Result<Arc<Engine>> {
-        self.engine.get(&self.device)
+        match &self.owner {
+            Owner::Opened(opened) => opened.engine(),
+            _ => self.engine.get(&self.device),
+        }
     }
 
     fn stream(&self) -> Result<&Stream> {

@@ -297,25 +297,29 @@ pub(crate) fn nothing_is_read_before_the_fence() {
     let memory = || Memory::device(&device, 1 << 16).unwrap();
     let (local, target) = (memory(), memory());
     let pair = Pair::new(local.clone(), target.clone());
+    keeps_the_fence(&pair, &local, &target, [1, 64]);
+    pair.end();
+}
+
+/// Bytes of a stream that is still producing them are not read before, in transfers of so many pieces.
+pub(crate) fn keeps_the_fence(pair: &Pair, local: &Memory, target: &Memory, pieces: [u64; 2]) {
     let stream = raw::Stream::new(0);
-    for (byte, many) in [(7, false), (9, true)] {
-        let fence = produced(&local, &stream, byte);
+    for (byte, n) in [7, 9].into_iter().zip(pieces) {
+        let fence = produced(local, &stream, byte);
         assert!(!fence.is_done().unwrap());
-        let n: u64 = if many { 64 } else { 1 };
         let len = (1 << 16) / n;
         let pieces: Vec<_> =
             (0..n).map(|i| Piece { local_offset: i * len, remote_offset: (n - 1 - i) * len, len }).collect();
         pair.write(&pieces, TransferOptions { after: Some(fence.clone()), ..TransferOptions::default() });
         assert!(fence.is_done().unwrap());
-        assert!(bytes(&target).iter().all(|b| *b == byte), "read before it was written");
+        assert!(bytes(target).iter().all(|b| *b == byte), "read before it was written");
     }
     // Without the fence the old bytes leave: what the fence is for, and that this test can see it.
-    let fence = produced(&local, &stream, 11);
+    let fence = produced(local, &stream, 11);
     pair.write(&whole(1 << 16), TransferOptions::default());
-    assert!(bytes(&target).iter().all(|b| *b == 9), "the producer was faster than it should be");
+    assert!(bytes(target).iter().all(|b| *b == 9), "the producer was faster than it should be");
     fence.wait().unwrap();
     stream.end();
-    pair.end();
 }
 
 /// Host memory that a stream is still filling, carried by a transport that knows nothing of streams.

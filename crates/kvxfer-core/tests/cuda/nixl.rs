@@ -2,8 +2,8 @@
 #![expect(unsafe_code, reason = "the environment of a process of one test is set before NIXL is loaded")]
 
 use crate::common::eventually;
-use crate::copies::{Pair, SOON, bytes, noise, produced, whole};
-use crate::{raw, standin};
+use crate::copies::{Pair, SOON, bytes, keeps_the_fence, noise, whole};
+use crate::standin;
 use kvxfer_core::config::{AgentConfig, NixlConfig};
 use kvxfer_core::cuda::Device;
 use kvxfer_core::memory::HugePages;
@@ -180,20 +180,7 @@ pub(crate) fn nothing_is_staged_before_the_fence() {
     host_only(|| {
         let (local, target) = (on_device(1 << 16), on_host(1 << 16));
         let pair = Pair::over(&NIXL, local.clone(), target.clone());
-        let stream = raw::Stream::new(0);
-        for byte in [7, 9] {
-            let fence = produced(&local, &stream, byte);
-            let options = TransferOptions { after: Some(fence.clone()), ..TransferOptions::default() };
-            pair.write(&whole(1 << 16), options);
-            assert!(fence.is_done().unwrap());
-            assert!(bytes(&target).iter().all(|b| *b == byte), "read before it was written");
-        }
-        // Without the fence the old bytes leave: what the fence is for, and that this test can see it.
-        let fence = produced(&local, &stream, 11);
-        pair.write(&whole(1 << 16), TransferOptions::default());
-        assert!(bytes(&target).iter().all(|b| *b == 9), "the producer was faster than it should be");
-        fence.wait().unwrap();
-        stream.end();
+        keeps_the_fence(&pair, &local, &target, [1, 1]);
         pair.end();
     });
 }

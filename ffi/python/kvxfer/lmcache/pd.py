@@ -6,8 +6,8 @@ calls into requests, and what the library reports into references let go of, log
 
 On the prefiller (`prefiller.py`), `batched_submit_put_task` hands a step of a request over and returns; the staging pages are let go
 of when nothing reads them any more. Where the decoder's pool is mapped in this process, LMCache's connector gathers into the decoder's
-pages to begin with (`placing.py`), and handing over is all that is left. On the decoder (`decoder.py`) a chunk is found once it is complete and checked; it goes when the engine has taken it
-(`remove`), or has said that it needs it no more (`unpin`, after vLLM's own prefix cache had it).
+pages to begin with (`placing.py`), and handing over is all that is left. On the decoder (`decoder.py`) a chunk is found once it is
+complete and checked; it goes when the engine has taken it (`remove`), or has said that it needs it no more (`unpin`, after vLLM's own prefix cache had it).
 """
 
 from __future__ import annotations

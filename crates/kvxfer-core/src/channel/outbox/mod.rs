@@ -19,6 +19,7 @@
 
 mod place;
 
+use self::place::Named;
 use super::place::Place;
 use super::sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};
 use crate::cuda::Fence;
@@ -34,9 +35,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-use place::Named;
-pub use place::{Announcement, Placed};
 
 /// Pause between two attempts to reach a receiver.
 const RETRY: Duration = Duration::from_millis(50);
@@ -224,15 +222,16 @@ impl Outbox {
             });
         }
         let named = self.shared.state.lock().named.remove(&id);
-        let (request, named, mut chunks) = match named {
-            Some(named) => match named.join(&receiver, chunks) {
-                Ok((request, first, chunks)) => (request, Some(first), chunks),
-                Err((request, e)) => {
-                    self.shared.abort(&request, &e);
-                    return Err(e);
-                }
-            },
-            None => (self.shared.request(&id, &receiver, first, last)?, None, place::unplaced(chunks)?),
+        let (request, named, mut chunks) = if let Some(named) = named {
+            if let Err(e) = named.check(&receiver, &chunks) {
+                self.shared.abort(&named.request, &e);
+                named.give_up(after.as_ref());
+                return Err(e);
+            }
+            (named.request.clone(), Some(named.first), named.join(chunks))
+        } else {
+            let chunks = place::sourced(chunks)?;
+            (self.shared.request(&id, &receiver, first, last)?, None, chunks)
         };
         let number = self.shared.next_batch.fetch_add(1, Ordering::Relaxed);
         self.shared.events.queue.lock().open += 1;

@@ -1,7 +1,7 @@
 //! An outbox towards real receivers in the same process, some of which are not there.
 
 use super::*;
-use crate::channel::{Lookup, Receiver, ReceiverConfig};
+use crate::channel::{Lookup, Placed, Receiver, ReceiverConfig};
 use crate::{Memory, TransportKind};
 use kvxfer_proto::{ChunkKey, Geometry};
 
@@ -221,34 +221,11 @@ fn what_is_wrong_with_a_batch_is_said_at_once() {
 
 // ---- places ----
 
-/// An announcement of chunks like those of `batch`.
-fn announced(
-    request: &str,
-    to: &str,
-    numbers: std::ops::Range<u32>,
-    rest: (u32, bool, bool),
-) -> Announcement {
+/// A batch like those of `batch`, whose chunks are to be produced in their places.
+fn in_place(request: &str, to: &str, numbers: std::ops::Range<u32>, rest: (u32, bool, bool)) -> Batch {
     let (total, first, last) = rest;
-    let chunks = numbers.map(|n| ChunkSpec { key: key(n), len: PAGE }).collect();
-    Announcement { request: id(request), receiver: to.into(), first, total, last, chunks }
-}
-
-/// The batch of an announcement whose chunks all have places.
-fn in_place(announced: &Announcement) -> Batch {
-    let Announcement { request, receiver, first, total, last, chunks } = announced;
-    Batch {
-        request: request.clone(),
-        receiver: receiver.clone(),
-        first: *first,
-        total: *total,
-        last: *last,
-        chunks: chunks.iter().map(|c| (c.clone(), None)).collect(),
-        after: None,
-    }
-}
-
-fn again(a: &Announcement) -> Announcement {
-    Announcement { request: a.request.clone(), receiver: a.receiver.clone(), chunks: a.chunks.clone(), ..*a }
+    let chunks = numbers.map(|n| (ChunkSpec { key: key(n), len: PAGE }, None)).collect();
+    Batch { request: id(request), receiver: to.into(), first, total, last, chunks, after: None }
 }
 
 fn fill(place: &Placed, byte: u8) {
@@ -286,16 +263,16 @@ fn until(what: impl Fn() -> bool) {
 fn bytes_produced_in_their_places_need_no_transfer() {
     let (_to, from, receiver, outbox, address) = connected(8, SOON);
     let steps =
-        [announced("r", &address, 0..2, (5, true, false)), announced("r", &address, 2..5, (0, false, true))];
-    for step in &steps {
-        let places = outbox.place(again(step), None, SOON).expect("asked");
-        let first = step.chunks[0].key.clone();
+        [in_place("r", &address, 0..2, (5, true, false)), in_place("r", &address, 2..5, (0, false, true))];
+    for step in steps {
+        let places = outbox.place(&step, None, SOON).expect("asked");
+        let first = step.chunks[0].0.key.clone();
         for (i, place) in places.iter().enumerate() {
             let n = if first == key(0) { i } else { i + 2 };
             fill(place.as_ref().expect("a place"), n as u8 + 1);
         }
         assert_eq!(receiver.lookup(&first), Lookup::Pending, "not published before it is put");
-        outbox.put(in_place(step)).expect("taken");
+        outbox.put(step).expect("taken");
     }
     let (ended, released) = collect(&outbox, 1, 2);
     let report = ended[0].1.as_ref().expect("delivered");
@@ -312,13 +289,12 @@ fn what_is_there_already_has_no_place_and_is_put_from_memory() {
     let (_to, from, receiver, outbox, address) = connected(8, SOON);
     outbox.put(batch(&from, "a", &address, 0..1, (1, true, true))).expect("taken");
     collect(&outbox, 1, 1);
-    let b = announced("b", &address, 0..2, (2, true, true));
-    let places = outbox.place(again(&b), None, SOON).expect("asked");
+    let mut b = in_place("b", &address, 0..2, (2, true, true));
+    let places = outbox.place(&b, None, SOON).expect("asked");
     assert!(places[0].is_none());
     fill(places[1].as_ref().expect("a place"), 7);
-    let mut put = in_place(&b);
-    put.chunks[0].1 = chunks(&from, 0..1).remove(0).1;
-    outbox.put(put).expect("taken");
+    b.chunks[0].1 = chunks(&from, 0..1).remove(0).1;
+    outbox.put(b).expect("taken");
     let report = collect(&outbox, 1, 1).0.remove(0).1.expect("delivered");
     assert_eq!((report.written, report.present), (1, 1));
     assert_eq!(bytes_of(&receiver, 1), vec![7; PAGE as usize]);
@@ -332,15 +308,15 @@ fn without_a_connection_or_a_page_there_are_no_places_and_nothing_is_lost() {
     let address = to.addresses()[0].clone();
     let moment = Duration::from_millis(20);
     // Not connected yet.
-    let a = announced("a", &address, 0..1, (2, true, false));
-    assert!(outbox.place(a, None, moment).expect("asked")[0].is_none());
+    let a = in_place("a", &address, 0..1, (2, true, false));
+    assert!(outbox.place(&a, None, moment).expect("asked")[0].is_none());
     outbox.put(batch(&from, "a", &address, 0..1, (2, true, false))).expect("taken");
     assert!(matches!(outbox.next_event(SOON), Some(OutboxEvent::Released { .. })), "written");
     // Another device's memory is not what this pool is.
-    let b = announced("b", &address, 10..11, (1, true, true));
-    assert!(outbox.place(again(&b), Some(0), moment).expect("asked")[0].is_none());
+    let b = in_place("b", &address, 10..11, (1, true, true));
+    assert!(outbox.place(&b, Some(0), moment).expect("asked")[0].is_none());
     // Both pages are the first request's.
-    assert!(outbox.place(again(&b), None, moment).expect("asked")[0].is_none());
+    assert!(outbox.place(&b, None, moment).expect("asked")[0].is_none());
     outbox.put(batch(&from, "b", &address, 10..11, (1, true, true))).expect("taken");
     outbox.put(batch(&from, "a", &address, 1..2, (0, false, true))).expect("taken");
     let until_admitted = collect(&outbox, 1, 1).0;
@@ -356,8 +332,8 @@ fn without_a_connection_or_a_page_there_are_no_places_and_nothing_is_lost() {
 fn a_page_belongs_to_whoever_fills_it_also_when_its_request_has_failed() {
     let (_to, from, receiver, outbox, address) = connected(2, Duration::from_millis(400));
     assert!(receiver.remove(&key(99)));
-    let a = announced("a", &address, 0..2, (2, true, true));
-    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    let a = in_place("a", &address, 0..2, (2, true, true));
+    let places = outbox.place(&a, None, SOON).expect("asked");
     assert!(places.iter().all(Option::is_some));
     let (ended, _) = collect(&outbox, 1, 0);
     assert_eq!(ended[0].1.as_ref().expect_err("not put in time").code(), ErrorCode::TimedOut);
@@ -366,7 +342,7 @@ fn a_page_belongs_to_whoever_fills_it_also_when_its_request_has_failed() {
     for place in places.iter().flatten() {
         fill(place, 1);
     }
-    outbox.put(in_place(&a)).expect("taken, and let go of");
+    outbox.put(a).expect("taken, and let go of");
     until(|| receiver.stats().free == 2);
     assert_eq!(receiver.lookup(&key(0)), Lookup::Absent);
     drop(from);
@@ -375,9 +351,9 @@ fn a_page_belongs_to_whoever_fills_it_also_when_its_request_has_failed() {
 #[test]
 fn places_given_up_end_their_request_and_give_the_pages_back() {
     let (_to, _from, receiver, outbox, address) = connected(4, SOON);
-    let a = announced("a", &address, 0..2, (3, true, false));
-    assert!(outbox.place(again(&a), None, SOON).expect("asked").iter().all(Option::is_some));
-    let twice = outbox.place(again(&a), None, SOON).expect_err("they have places");
+    let a = in_place("a", &address, 0..2, (3, true, false));
+    assert!(outbox.place(&a, None, SOON).expect("asked").iter().all(Option::is_some));
+    let twice = outbox.place(&a, None, SOON).expect_err("they have places");
     assert_eq!(twice.code(), ErrorCode::Busy);
     assert!(outbox.give_up(&id("a"), None));
     assert!(!outbox.give_up(&id("a"), None), "once");
@@ -389,19 +365,19 @@ fn places_given_up_end_their_request_and_give_the_pages_back() {
 #[test]
 fn a_batch_that_is_not_what_was_announced_fails_its_request() {
     let (_to, _from, receiver, outbox, address) = connected(4, SOON);
-    let a = announced("a", &address, 0..2, (2, true, true));
     for wrong in ["fewer", "neither"] {
-        outbox.place(again(&a), None, SOON).expect("asked");
-        let mut put = in_place(&a);
+        let mut a = in_place("a", &address, 0..2, (2, true, true));
+        outbox.place(&a, None, SOON).expect("asked");
         match wrong {
-            "fewer" => drop(put.chunks.pop()),
+            "fewer" => drop(a.chunks.pop()),
             _ => {
                 // No place was ever asked for.
                 outbox.give_up(&id("a"), None);
             }
         }
-        assert_eq!(outbox.put(put).expect_err(wrong).code(), ErrorCode::InvalidArgument, "{wrong}");
+        assert_eq!(outbox.put(a).expect_err(wrong).code(), ErrorCode::InvalidArgument, "{wrong}");
         assert!(collect(&outbox, 1, 0).0[0].1.is_err(), "{wrong}");
+        assert_eq!(outbox.active(), 0, "{wrong}");
         until(|| receiver.stats().free == 3);
     }
 }
@@ -409,12 +385,11 @@ fn a_batch_that_is_not_what_was_announced_fails_its_request() {
 #[test]
 fn a_place_that_was_not_used_is_written_from_memory() {
     let (_to, from, receiver, outbox, address) = connected(4, SOON);
-    let a = announced("a", &address, 0..2, (2, true, true));
-    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    let mut a = in_place("a", &address, 0..2, (2, true, true));
+    let places = outbox.place(&a, None, SOON).expect("asked");
     fill(places[0].as_ref().expect("a place"), 9);
-    let mut put = in_place(&a);
-    put.chunks[1].1 = chunks(&from, 1..2).remove(0).1;
-    let batch = outbox.put(put).expect("taken");
+    a.chunks[1].1 = chunks(&from, 1..2).remove(0).1;
+    let batch = outbox.put(a).expect("taken");
     let (ended, released) = collect(&outbox, 1, 1);
     assert_eq!((ended[0].1.as_ref().expect("delivered").written, released), (2, vec![batch]));
     assert_eq!(bytes_of(&receiver, 0), vec![9; PAGE as usize]);
@@ -424,8 +399,8 @@ fn a_place_that_was_not_used_is_written_from_memory() {
 #[test]
 fn an_outbox_that_closes_leaves_places_to_their_owner() {
     let (_to, _from, receiver, outbox, address) = connected(2, SOON);
-    let a = announced("a", &address, 0..1, (1, true, true));
-    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    let a = in_place("a", &address, 0..1, (1, true, true));
+    let places = outbox.place(&a, None, SOON).expect("asked");
     outbox.close(SOON).expect("closed");
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(receiver.stats().free, 0, "{:?}", receiver.stats());
@@ -437,8 +412,8 @@ fn an_outbox_that_closes_leaves_places_to_their_owner() {
 #[test]
 fn places_that_nobody_puts_end_with_the_outbox() {
     let (_to, _from, receiver, outbox, address) = connected(2, SOON);
-    let a = announced("a", &address, 0..1, (1, true, true));
-    let places = outbox.place(again(&a), None, SOON).expect("asked");
+    let a = in_place("a", &address, 0..1, (1, true, true));
+    let places = outbox.place(&a, None, SOON).expect("asked");
     assert!(places[0].is_some());
     drop((outbox, places));
     until(|| receiver.stats().free == 1);

@@ -4,8 +4,9 @@
 //! the user. Threads that end transfers belong to transports and must not deregister memory: what they let go of goes to
 //! `trash`, which the progress thread empties.
 
+mod placing;
+
 use super::anchor::Anchor;
-use super::place::Place;
 use super::sender::{ChunkSource, DeliveryReport, SenderConfig};
 use super::ticket::Ticket;
 use super::worker::Worker;
@@ -18,7 +19,7 @@ use kvxfer_proto::integrity::Binding;
 use kvxfer_proto::layout::Layout;
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::query::Asker;
-use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Standing, Write};
+use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Write};
 use kvxfer_proto::wire::{Check, ChunkSpec, Message, RegionAdvert};
 use kvxfer_proto::{ErrorCode, Integrity, RequestId, Time};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -87,6 +88,12 @@ struct Todo {
 
 pub(super) fn failed(code: ErrorCode, text: impl Into<String>) -> Failure {
     Failure { code, text: text.into() }
+}
+
+/// What a write's digest is bound to.
+fn binding(request: &RequestId, spec: ChunkSpec, write: Write) -> Binding {
+    let Write { page, generation, .. } = write;
+    Binding { request: request.clone(), key: spec.key, len: spec.len, page, generation }
 }
 
 fn error(f: &Failure) -> Error {
@@ -256,75 +263,11 @@ impl Session {
         Ok(())
     }
 
-    /// The page of a chunk, when it gets one and this process has it mapped.
-    /// Waits until the receiver has said so, until `deadline`.
-    pub(super) fn place(
-        self: &Arc<Self>,
-        ticket: &Ticket,
-        chunk: u32,
-        device: Option<i32>,
-        deadline: Instant,
-    ) -> Result<Option<Place>> {
-        let (remote, layout, level) = self.pool()?;
-        let Some((kind, caps, mapping)) = self.peer.mapping(&remote, device) else { return Ok(None) };
-        let Some(spec) = ticket.spec(chunk as usize) else { return Ok(None) };
-        let mut state = self.state.lock();
-        loop {
-            let Some(Ok(a)) = &state.attached else { return Err(ticket.error()) };
-            match a.machine.standing(ticket.serial, chunk) {
-                Standing::HasPage => break,
-                Standing::NoPage => return Ok(None),
-                Standing::Unknown if Instant::now() >= deadline => return Ok(None),
-                Standing::Unknown => self.changed.wait_until(&mut state, deadline),
-            };
-        }
-        let State { attached: Some(Ok(a)), requests, .. } = &mut *state else { return Err(ticket.error()) };
-        let Some(r) = requests.get_mut(&ticket.serial) else { return Err(ticket.error()) };
-        r.placing = Some((chunk, None));
-        a.machine.supply(ticket.serial, chunk)?;
-        self.carry_out(state);
-        let mut state = self.state.lock();
-        let r = state.requests.get_mut(&ticket.serial);
-        let Some((r, (_, Some(write)))) = r.and_then(|r| r.placing.take().map(|p| (r, p))) else {
-            return Err(ticket.error());
-        };
-        r.carried = Some(kind);
-        drop(state);
-        let binding = Binding {
-            request: ticket.request.clone(),
-            key: spec.key,
-            len: spec.len,
-            page: write.page,
-            generation: write.generation,
-        };
-        let offset = layout.offset(write.page).unwrap_or(0);
-        let level = self.level(level, caps, device.is_some());
-        Ok(Some(Place::new(self.clone(), write, binding, kind, mapping, offset, level)))
-    }
-
-    /// Writes a chunk that was to be made in its place after all.
-    pub(super) fn write_instead(&self, write: Write, source: ChunkSource) {
-        if let Some(r) = self.state.lock().requests.get_mut(&write.serial) {
-            r.sources[write.chunk as usize] = Some(Arc::new(source));
-        }
-        self.start(write);
-    }
-
-    /// Whether pages of the pool are in this process's address space.
-    pub(super) fn maps(&self, device: Option<i32>) -> bool {
-        self.pool().is_ok_and(|(remote, ..)| self.peer.mapping(&remote, device).is_some())
-    }
-
     /// The level of checking of a write: the configured one, or the pool's raised to what the transport needs.
     fn level(&self, level: Integrity, caps: Capabilities, device: bool) -> Integrity {
         // Every byte of a device's memory is read back through the host: only where the path does not check them and somebody wants it.
         let floor = if device && !caps.verifies_arrival { Integrity::Bound } else { caps.default_integrity };
         self.integrity.unwrap_or(level.max(floor))
-    }
-
-    /// Bytes of a chunk were made in its place and are complete.
-    pub(super) fn count_placed(&self, kind: TransportKind, bytes: u64, took: Duration) {
-        self.peer.count_placed(kind, bytes, took);
     }
 
     /// The thread for what takes long.
@@ -543,13 +486,7 @@ impl Session {
                 )
             })?;
             let spec = r.ticket.spec(i).ok_or_else(gone)?;
-            let binding = Binding {
-                request: r.ticket.request.clone(),
-                key: spec.key,
-                len: spec.len,
-                page: write.page,
-                generation: write.generation,
-            };
+            let binding = binding(&r.ticket.request, spec, write);
             (source, binding, r.deadline, a.layout, a.remote.clone(), a.level)
         };
         let chunk = PlanChunk {
