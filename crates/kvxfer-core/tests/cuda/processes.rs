@@ -228,7 +228,7 @@ pub(crate) fn a_gather_straight_into_the_memory_of_another_process() {
     let here = Memory::device(&device, chunk_bytes).unwrap();
     Gather::new(from(), to(&here, 0), tokens).unwrap().start(None, false).unwrap().wait(SOON).unwrap();
 
-    let other = Other::start("device", &[]);
+    let other = Other::start("part", &[]);
     let agent = Agent::builder().name("me").build().unwrap();
     let peer = other.connect(&agent);
     let remote = peer.region("memory", SOON).unwrap();
