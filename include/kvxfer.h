@@ -537,7 +537,8 @@ typedef struct kvxfer_batch_t {
   const char *receiver;
   // The chunks; a NULL region: in the place that `kvxfer_outbox_place` gave, and one run `{0, length}`.
   const struct kvxfer_chunk_source_t *chunks;
-  // Number of chunks; 0 is possible in the last batch.
+  // Number of chunks; 0 is possible in the last batch, and where `kvxfer_outbox_place` gave places: all of those, and each has its
+  // bytes.
   size_t count;
   // Chunks of the whole request, in the first batch: pages for all of them are asked for at once. 0: only these.
   uint32_t total;
@@ -585,8 +586,8 @@ typedef struct kvxfer_outbox_event_t {
   uint32_t present;
   // `KVXFER_TRANSPORT_...`: what carried the bytes.
   uint32_t transport;
-  // Zero.
-  uint32_t reserved;
+  // Events that waited after this one: while there are any, the next call takes one at once.
+  uint32_t more;
   // The request's id, NUL-terminated.
   char request[264];
   // A failure in words, NUL-terminated, cut when longer.
@@ -1327,8 +1328,9 @@ kvxfer_result_t kvxfer_outbox_new(struct kvxfer_agent_t *agent,
                                   const struct kvxfer_outbox_config_t *config,
                                   struct kvxfer_outbox_t **outbox_out);
 
-// Takes a batch; never waits for anything. `batch_out` gets its number, which its release will name. What is wrong
-// with the batch itself is the answer, and then nothing was taken; what happens to its request is an event.
+// Takes a batch; never waits for anything. `batch_out` gets its number, which its release will name; 0 when nothing of it is
+// read, because its bytes are all in their places, and then no release follows. What is wrong with the batch itself is the
+// answer, and then nothing was taken; what happens to its request is an event.
 kvxfer_result_t kvxfer_outbox_put(struct kvxfer_outbox_t *outbox,
                                   const struct kvxfer_batch_t *batch,
                                   uint64_t *batch_out);
@@ -1362,10 +1364,18 @@ kvxfer_result_t kvxfer_outbox_abort(struct kvxfer_outbox_t *outbox, const char *
 // for an engine that has none left for the next step of another one. `KVXFER_NOT_FOUND` when all are admitted.
 kvxfer_result_t kvxfer_outbox_shed(struct kvxfer_outbox_t *outbox);
 
-// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
+// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`. Of several threads that wait here the one that came
+// last is woken first.
 kvxfer_result_t kvxfer_outbox_next_event(struct kvxfer_outbox_t *outbox,
                                          uint64_t timeout_ms,
                                          struct kvxfer_outbox_event_t *event_out);
+
+// For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, for at most
+// `max_us` microseconds, which spares the time until other threads have been woken for them. `KVXFER_OK` when there is an
+// event, `KVXFER_TIMED_OUT` when there is none yet. No other thread is woken for those that come meanwhile: take them with
+// `kvxfer_outbox_next_event` until there are none.
+kvxfer_result_t kvxfer_outbox_attend(struct kvxfer_outbox_t *outbox,
+                                     uint64_t max_us);
 
 // Gives everything up and waits until no batch's bytes are read any more and the proxy has been told, at most
 // `timeout_ms`. Events that are left can still be taken.

@@ -55,7 +55,8 @@ pub struct kvxfer_batch_t {
     pub receiver: *const c_char,
     /// The chunks; a NULL region: in the place that `kvxfer_outbox_place` gave, and one run `{0, length}`.
     pub chunks: *const kvxfer_chunk_source_t,
-    /// Number of chunks; 0 is possible in the last batch.
+    /// Number of chunks; 0 is possible in the last batch, and where `kvxfer_outbox_place` gave places: all of those, and each has its
+    /// bytes.
     pub count: usize,
     /// Chunks of the whole request, in the first batch: pages for all of them are asked for at once. 0: only these.
     pub total: u32,
@@ -108,8 +109,8 @@ pub struct kvxfer_outbox_event_t {
     pub present: u32,
     /// `KVXFER_TRANSPORT_...`: what carried the bytes.
     pub transport: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Events that waited after this one: while there are any, the next call takes one at once.
+    pub more: u32,
     /// The request's id, NUL-terminated.
     pub request: [c_char; 264],
     /// A failure in words, NUL-terminated, cut when longer.
@@ -152,8 +153,9 @@ pub unsafe extern "C" fn kvxfer_outbox_new(
     })
 }
 
-/// Takes a batch; never waits for anything. `batch_out` gets its number, which its release will name. What is wrong
-/// with the batch itself is the answer, and then nothing was taken; what happens to its request is an event.
+/// Takes a batch; never waits for anything. `batch_out` gets its number, which its release will name; 0 when nothing of it is
+/// read, because its bytes are all in their places, and then no release follows. What is wrong with the batch itself is the
+/// answer, and then nothing was taken; what happens to its request is an event.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_outbox_put(
     outbox: *mut kvxfer_outbox_t,
@@ -165,7 +167,7 @@ pub unsafe extern "C" fn kvxfer_outbox_put(
         let object = self::outbox(outbox)?;
         let out = Out::new("batch_out", batch_out)?;
         let batch = self::batch(&object.agent, batch)?;
-        out.set(object.outbox.put(batch)?);
+        out.set(object.outbox.put(batch)?.unwrap_or(0));
         Ok(KVXFER_OK)
     })
 }
@@ -302,7 +304,8 @@ pub unsafe extern "C" fn kvxfer_outbox_shed(outbox: *mut kvxfer_outbox_t) -> kvx
     })
 }
 
-/// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`.
+/// Takes the next event; `KVXFER_TIMED_OUT` when none came in `timeout_ms`. Of several threads that wait here the one that came
+/// last is woken first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn kvxfer_outbox_next_event(
     outbox: *mut kvxfer_outbox_t,
@@ -317,8 +320,25 @@ pub unsafe extern "C" fn kvxfer_outbox_next_event(
         let Some(event) = object.outbox.next_event(after) else {
             return Err(Error::TimedOut { operation: "an event of the outbox".into(), after });
         };
-        out.set(&event_of(&event));
+        let mut event = event_of(&event);
+        event.more = u32::try_from(object.outbox.waiting_events()).unwrap_or(u32::MAX);
+        out.set(&event);
         Ok(KVXFER_OK)
+    })
+}
+
+/// For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, for at most
+/// `max_us` microseconds, which spares the time until other threads have been woken for them. `KVXFER_OK` when there is an
+/// event, `KVXFER_TIMED_OUT` when there is none yet. No other thread is woken for those that come meanwhile: take them with
+/// `kvxfer_outbox_next_event` until there are none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_attend(outbox: *mut kvxfer_outbox_t, max_us: u64) -> kvxfer_result_t {
+    guard("kvxfer_outbox_attend", || {
+        let after = timeout("max_us / 1000", max_us / 1000).map(|_| Duration::from_micros(max_us))?;
+        if self::outbox(outbox)?.outbox.attend(after) {
+            return Ok(KVXFER_OK);
+        }
+        Err(Error::TimedOut { operation: "an event of the outbox".into(), after })
     })
 }
 
@@ -336,7 +356,7 @@ fn event_of(event: &OutboxEvent) -> kvxfer_outbox_event_t {
         written: 0,
         present: 0,
         transport: 0,
-        reserved: 0,
+        more: 0,
         request: fixed(""),
         text: fixed(""),
     };

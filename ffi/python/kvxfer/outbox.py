@@ -8,7 +8,7 @@ while (event := outbox.next_event(1.0)) is None or event.batch != batch:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from kvxfer.errors import KvxferError, check, error
 from kvxfer.gpu import Fence, fence_of
 from kvxfer.region import Region
 
+_BATCH_SIZE = ffi.sizeof("kvxfer_batch_t")
+_EVENT_SIZE = ffi.sizeof("kvxfer_outbox_event_t")
 _TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items() if name}
 
 
@@ -97,9 +99,9 @@ class Outbox:
         after: Fence | None = None,
     ) -> int:
         """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
-        change until `Released` names it. `total` in the first batch is how many chunks the whole request will have. `after` is a point in
+        change until `Released` names it. 0: nothing of it is read, and no `Released` follows. `total` in the first batch is how many chunks the whole request will have. `after` is a point in
         a CUDA stream before which the bytes are not complete. A region of None: the chunk is in the place that `place` gave, and its
-        runs are [(0, length)]."""
+        runs are [(0, length)]. No chunks at all, where `place` gave places: all of those."""
         batch, kept = _batch(request, receiver, chunks, total, first, last)
         batch.after = fence_of(after)
         number = ffi.new("uint64_t *")
@@ -159,24 +161,42 @@ class Outbox:
         return True
 
     def next_event(self, timeout: float) -> Released | Ended | None:
-        """The next event; None when the time is over."""
+        """The next event; None when the time is over. Of several threads that wait here the one that came last is woken first."""
+        event = self._event()
+        return _read(event) if self._take(timeout, event) else None
+
+    def events(self, timeout: float) -> Iterator[Released | Ended]:
+        """The next event, and those that are there already when it comes; none when the time is over."""
+        event = self._event()
+        while self._take(timeout, event):
+            more = event.more
+            yield _read(event)
+            if not more:
+                return
+            timeout = 0.0
+
+    @staticmethod
+    def _event() -> Any:
         event = ffi.new("kvxfer_outbox_event_t *")
-        event.struct_size = ffi.sizeof("kvxfer_outbox_event_t")
+        event.struct_size = _EVENT_SIZE
+        return event
+
+    def _take(self, timeout: float, event: Any) -> bool:
         code = lib.kvxfer_outbox_next_event(self._handle, milliseconds("timeout", timeout), event)
         if code == lib.KVXFER_TIMED_OUT:
-            return None
+            return False
         check(code)
-        if event.kind == lib.KVXFER_OUTBOX_RELEASED:
-            return Released(event.batch)
-        request, text = (ffi.string(field).decode("utf-8", "replace") for field in (event.request, event.text))
-        report, failure = None, None
-        if event.result == lib.KVXFER_OK:
-            transport = _TRANSPORT_NAMES.get(event.transport, "none")
-            queued, moved = event.queued_ns / 1e9, event.moved_ns / 1e9
-            report = DeliveryReport(event.bytes, queued, moved, event.written, event.present, transport)
-        else:
-            failure = error(event.result, text)
-        return Ended(request, report, failure, event.took_ns / 1e9, event.after_last_ns / 1e9)
+        return True
+
+    def attend(self, at_most: float) -> bool:
+        """For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, at most so many
+        seconds, which spares the time until other threads have been woken for them. True when there is an event. No other thread is woken
+        for those that come meanwhile: take them with `next_event(0)` until there are none."""
+        code = lib.kvxfer_outbox_attend(self._handle, int(at_most * 1e6))
+        if code == lib.KVXFER_TIMED_OUT:
+            return False
+        check(code)
+        return True
 
     def close(self, timeout: float = 5.0) -> None:
         """Gives everything up and waits until no bytes are read any more and the proxy has been told. Closing twice is fine."""
@@ -191,6 +211,20 @@ class Outbox:
         self.close()
 
 
+def _read(event: Any) -> Released | Ended:
+    if event.kind == lib.KVXFER_OUTBOX_RELEASED:
+        return Released(event.batch)
+    request = ffi.string(event.request).decode("utf-8", "replace")
+    report, failure = None, None
+    if event.result == lib.KVXFER_OK:
+        transport = _TRANSPORT_NAMES.get(event.transport, "none")
+        queued, moved = event.queued_ns / 1e9, event.moved_ns / 1e9
+        report = DeliveryReport(event.bytes, queued, moved, event.written, event.present, transport)
+    else:
+        failure = error(event.result, ffi.string(event.text).decode("utf-8", "replace"))
+    return Ended(request, report, failure, event.took_ns / 1e9, event.after_last_ns / 1e9)
+
+
 def _batch(
     request: str,
     receiver: str,
@@ -200,16 +234,17 @@ def _batch(
     last: bool,
 ) -> tuple[Any, list[Any]]:
     """The struct, and what must live as long as it is in use."""
-    parts = [(key, region, list(runs)) for key, region, runs in chunks]
+    parts = list(chunks)
     sources = ffi.new("kvxfer_chunk_source_t[]", len(parts))
     kept: list[Any] = [sources]
-    for source, (key, region, runs) in zip(sources, parts, strict=True):
-        text, packed = ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", runs)
-        kept += [text, packed]
-        source.key, source.runs, source.run_count = text, packed, len(runs)
-        source.region = ffi.NULL if region is None else region._handle
+    for i, (key, region, runs) in enumerate(parts):
+        source, text, packed = sources[i], ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", list(runs))
+        kept += (text, packed)
+        source.key, source.runs, source.run_count = text, packed, len(packed)
+        if region is not None:
+            source.region = region._handle
     batch = ffi.new("kvxfer_batch_t *")
-    batch.struct_size = ffi.sizeof("kvxfer_batch_t")
+    batch.struct_size = _BATCH_SIZE
     name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
     kept += [name, where]
     batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)

@@ -44,6 +44,14 @@ def prefill(pipe, address):
                 while not isinstance(event := outbox.next_event(WAIT_S), kvxfer.Ended):
                     pass
                 pipe.send((event.request, event.report and event.report.transport))
+            elif command == "put all":
+                (request,) = arguments
+                number = outbox.put(request, address, [], first=True, last=True)
+                ends, deadline = [], time.monotonic() + WAIT_S
+                while not ends and time.monotonic() < deadline:
+                    if outbox.attend(0.001):
+                        ends += [event.request for event in outbox.events(0)]
+                pipe.send((number, ends))
 
 
 prefill.known = set()
@@ -80,6 +88,14 @@ def test_bytes_produced_there_are_found_once_they_are_put(receiver, prefiller):
     assert receiver.lookup("a") == "pending", "it is filled, and not put"
     assert prefiller("put", "r", "ab", True) == ("r", "shm")
     for key in "ab":
+        with receiver.acquire(key) as chunk:
+            assert chunk.data == pattern(PAGE, ord(key))
+
+
+def test_all_that_has_its_place_is_put_without_being_named_again(receiver, prefiller):
+    assert prefiller("place", "r", "abc", True) == 3
+    assert prefiller("put all", "r") == (0, ["r"]), "nothing of it is read, and only its end is told"
+    for key in "abc":
         with receiver.acquire(key) as chunk:
             assert chunk.data == pattern(PAGE, ord(key))
 

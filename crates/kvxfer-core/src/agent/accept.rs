@@ -6,7 +6,7 @@
 
 use super::conn::Conn;
 use super::identity;
-use super::links::{self, Assembled};
+use super::links::{self, Assembled, Invited};
 use super::reactor::{Command, Reactor};
 use super::side::SideChannel;
 use super::state::{Conflict, Inner, SessionState, SideOf};
@@ -306,16 +306,16 @@ impl Talk {
                     let text = format!("{MAX_CONNECTORS} connections are being set up already; try again");
                     return Err(Failure::Refuse { code: ErrorCode::NoCapacity, text });
                 }
-                let (side, mailbox) = match inner.sessions.lock().get(&info.session) {
-                    Some(s) => (s.side.clone(), s.mailbox.clone()),
-                    None => (None, None),
+                let (side, invited) = match inner.sessions.lock().get(&info.session) {
+                    Some(s) => (s.side.clone(), s.invited.clone()),
+                    None => (None, Invited::default()),
                 };
                 let side: Result<Arc<SideChannel>, String> =
                     side.ok_or_else(|| "the peer did not reach our side socket".to_owned());
                 let (inner, token) = (inner.clone(), self.conn.token);
                 let spawned = crate::threads::spawn("kvx-connect", move || {
                     let reactor: Arc<Reactor> = inner.reactor.clone();
-                    let result = links::assemble(&inner, info, &offers, side, mailbox, deadline);
+                    let result = links::assemble(&inner, info, &offers, side, invited, deadline);
                     reactor.command(Command::Linked(token, Box::new(result)));
                 });
                 match spawned {
@@ -355,7 +355,7 @@ impl Talk {
         };
         inner.sessions.lock().insert(
             info.session,
-            SessionState { peer: info.name.clone(), side_of, side: None, mailbox: None },
+            SessionState { peer: info.name.clone(), side_of, side: None, invited: Invited::default() },
         );
         Ok(info)
     }
@@ -395,9 +395,9 @@ pub(crate) fn bind_side(inner: &Inner, fd: OwnedFd, session: &[u8]) -> Result<()
         Some(SessionState { peer, side_of: SideOf::SomeProcess, .. }) => (peer.clone(), None),
     };
     let side = Arc::new(SideChannel::accept(fd, pid)?);
-    let mailbox = links::invite(inner, &side, &peer).map_err(|e| e.to_string())?;
+    let invited = links::invite(inner, &side, &peer).map_err(|e| e.to_string())?;
     if let Some(state) = inner.sessions.lock().get_mut(&session) {
-        (state.side, state.mailbox) = (Some(side), mailbox);
+        (state.side, state.invited) = (Some(side), invited);
     }
     Ok(())
 }

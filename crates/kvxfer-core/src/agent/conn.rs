@@ -1,9 +1,13 @@
 //! A control connection: a non-blocking socket, a bounded queue of frames not yet written, and its end.
 //!
+//! To a peer on this host messages take a lane in shared memory once the handshake is over; the socket then only says that it ends.
+//!
 //! Any thread sends; the progress thread reads, and writes what the socket did not take at once. A reader that is too
 //! slow fills the queue and the senders get `NoCapacity`: memory stays bounded and nobody blocks.
 
-use super::reactor::Reactor;
+use super::lane;
+use super::mailbox::{Producer, Pushed};
+use super::reactor::{Command, Reactor};
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
 use kvxfer_proto::wire::Message;
@@ -32,6 +36,7 @@ struct State {
     /// Bytes of the first frame that have been written.
     written: usize,
     queued: usize,
+    lane: Option<Producer>,
     watched: bool,
     writable_wanted: bool,
     finish: bool,
@@ -48,6 +53,7 @@ impl Conn {
                 queue: VecDeque::new(),
                 written: 0,
                 queued: 0,
+                lane: None,
                 watched: false,
                 writable_wanted: false,
                 finish: false,
@@ -56,6 +62,12 @@ impl Conn {
             reactor,
             token,
         })
+    }
+
+    /// What is sent from now on takes this lane. What waits already goes through the socket; it belongs to the handshake, which the far
+    /// end reads first.
+    pub(crate) fn use_lane(&self, lane: Producer) {
+        self.state.lock().lane = Some(lane);
     }
 
     /// Starts watching it for input, and for output if something waits.
@@ -93,7 +105,13 @@ impl Conn {
 
     /// True when a sender should hold back.
     pub(crate) fn is_full(&self) -> bool {
-        self.state.lock().queued >= MAX_QUEUED
+        self.state.lock().waiting() >= MAX_QUEUED
+    }
+
+    /// Sends what is no message.
+    #[cfg(test)]
+    pub(crate) fn send_bytes(&self, bytes: &[u8]) {
+        self.send_frame(bytes, true).expect("sent");
     }
 
     fn send_frame(&self, frame: &[u8], accounted: bool) -> Result<()> {
@@ -101,14 +119,20 @@ impl Conn {
         if s.fd.is_none() || s.broken || s.finish {
             return Err(Error::failed(ErrorCode::PeerGone, "the control connection is closed"));
         }
-        if !accounted && s.queued + frame.len() > MAX_QUEUED {
+        if !accounted && s.waiting() + frame.len() > MAX_QUEUED {
             return Err(Error::failed(
                 ErrorCode::NoCapacity,
                 format!(
                     "{} bytes of control messages wait for the peer already (at most {MAX_QUEUED}); it reads too slowly",
-                    s.queued
+                    s.waiting()
                 ),
             ));
+        }
+        if let Some(lane) = &s.lane {
+            if lane::push(lane, frame)? == Pushed::Waiting {
+                self.reactor.command(Command::Blocked(self.token));
+            }
+            return Ok(());
         }
         let mut from = 0;
         if s.queue.is_empty() {
@@ -155,11 +179,12 @@ impl Conn {
             s.queue.clear();
             s.queued = 0;
         }
-        if s.queue.is_empty() && s.finish {
+        let through = s.lane.as_ref().is_none_or(Producer::flush);
+        if s.queue.is_empty() && through && s.finish {
             s.shutdown();
         }
         self.want_writable(&mut s);
-        s.queue.is_empty()
+        s.queue.is_empty() && through
     }
 
     /// Reads what is there; `Ok(0)` is the end.
@@ -174,7 +199,7 @@ impl Conn {
         let mut s = self.state.lock();
         if !s.finish {
             s.finish = true;
-            if s.queue.is_empty() {
+            if s.queue.is_empty() && s.lane.as_ref().is_none_or(Producer::flush) {
                 s.shutdown();
             }
         }
@@ -194,6 +219,7 @@ impl Conn {
         self.unwatch();
         let mut s = self.state.lock();
         s.fd = None;
+        s.lane = None;
         s.queue.clear();
         s.queued = 0;
     }
@@ -207,6 +233,11 @@ impl Conn {
 }
 
 impl State {
+    /// Bytes of messages that the far end has not made room for.
+    fn waiting(&self) -> usize {
+        self.queued + self.lane.as_ref().map_or(0, Producer::waiting)
+    }
+
     /// Writes at most `bytes`; how much the socket took.
     fn write(&mut self, bytes: &[u8]) -> usize {
         let Some(fd) = &self.fd else { return 0 };

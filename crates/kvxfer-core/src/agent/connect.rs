@@ -3,7 +3,7 @@
 use super::accept::peer_info;
 use super::address::{Address, connect as dial, wait_for};
 use super::conn::{Conn, encode};
-use super::links;
+use super::links::{self, Invited};
 use super::peer::PeerInner;
 use super::reactor::Command;
 use super::side::SideChannel;
@@ -117,7 +117,7 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
     };
     let Some(hello) = machine.peer() else { return Err(talk.broken("no hello")) };
     let info = peer_info(inner, hello, Role::Initiator, far, session);
-    let mut mailbox = None;
+    let mut invited = Invited::default();
     let side = if info.same_kernel {
         let soon = deadline.min(Instant::now() + Duration::from_secs(5));
         SideChannel::connect(&info.host.side_socket, info.same_host.then_some(info.host.pid), &session, soon)
@@ -126,12 +126,12 @@ fn attempt(inner: &Arc<Inner>, address: &str, parsed: &Address, deadline: Instan
         Err("the peer is on another host".to_owned())
     };
     match &side {
-        Ok(side) => mailbox = links::invite(inner, side, &info.name)?,
+        Ok(side) => invited = links::invite(inner, side, &info.name)?,
         Err(reason) => tracing::debug!(peer = %info.name, reason, "no side socket"),
     }
     let reachable = side.as_ref().map(|_| ()).map_err(Clone::clone);
     talk.send(&Message::Offers { session: Vec::new(), offers: links::offers(inner, &info, &reachable) })?;
-    let assembled = match links::assemble(inner, info, &offers, side, mailbox, deadline) {
+    let assembled = match links::assemble(inner, info, &offers, side, invited, deadline) {
         Ok(a) => a,
         Err(e) => {
             let _ =

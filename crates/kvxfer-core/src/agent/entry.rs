@@ -11,7 +11,6 @@ use super::peer::PeerInner;
 use super::progress::Progress;
 use crate::transport::TransportKind;
 use kvxfer_proto::ErrorCode;
-use kvxfer_proto::frame::Decoder;
 use kvxfer_proto::handshake::printable;
 use kvxfer_proto::wire::Message;
 use std::sync::Arc;
@@ -21,8 +20,6 @@ use std::time::{Duration, Instant};
 /// A peer and what the progress thread knows of it.
 pub(crate) struct Entry {
     pub(super) peer: Arc<PeerInner>,
-    pub(super) decoder: Decoder,
-    last_heard: Instant,
     pinged: Option<Instant>,
     draining: bool,
     /// Its stream has ended: it has nothing under way any more.
@@ -31,21 +28,8 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    pub(super) fn new(peer: Arc<PeerInner>, decoder: Decoder) -> Self {
-        Self {
-            peer,
-            decoder,
-            last_heard: Instant::now(),
-            pinged: None,
-            draining: false,
-            quiet: false,
-            dead: false,
-        }
-    }
-
-    pub(super) fn heard(&mut self) {
-        self.last_heard = Instant::now();
-        self.pinged = None;
+    pub(super) fn new(peer: Arc<PeerInner>) -> Self {
+        Self { peer, pinged: None, draining: false, quiet: false, dead: false }
     }
 
     pub(super) fn is_draining(&self) -> bool {
@@ -57,7 +41,9 @@ impl Entry {
         if self.peer.mailbox.as_ref().is_some_and(|m| m.violated.load(Ordering::Acquire)) {
             return Err("wrote nonsense into its mailbox".into());
         }
-        let silent = now.saturating_duration_since(self.last_heard);
+        let heard = self.peer.last_heard();
+        self.pinged = self.pinged.filter(|t| *t > heard);
+        let silent = now.saturating_duration_since(heard);
         let interval = timeout / 3;
         // Measured from the last ping too: after a pause of this process the peer gets its chance to answer.
         if silent >= timeout && self.pinged.is_some_and(|t| now.saturating_duration_since(t) >= interval) {
@@ -68,7 +54,7 @@ impl Entry {
             let _ = self.peer.conn.send(&Message::Ping { nonce: silent.as_nanos() as u64 });
             self.pinged = Some(now);
         }
-        Ok(self.pinged.unwrap_or(self.last_heard) + interval.max(Duration::from_millis(1)))
+        Ok(self.pinged.unwrap_or(heard) + interval.max(Duration::from_millis(1)))
     }
 }
 
@@ -106,6 +92,7 @@ impl Progress {
         entry.draining = true;
         let peer = entry.peer.clone();
         peer.mark_gone(code, text);
+        peer.stop_listening();
         tracing::info!(agent = %self.inner.name, peer = %peer.info.name, epoch = %peer.info.epoch, %code, reason = text, "peer gone");
         self.inner.forget(&peer);
         self.inner.metrics.peer_gone(&peer.info.name);

@@ -1,7 +1,7 @@
 //! What the channels get from the agent: messages, peers that come and go, and ticks.
 //!
 //! A channel registers itself with `Agent::add_host` as a weak reference and is called from the agent's progress
-//! thread with no lock of the agent held: it may call [`Peer::send`], [`Peer::import`], [`Peer::advert`], submit
+//! thread, or for messages also from a thread that waits for one, with no lock of the agent held: it may call [`Peer::send`], [`Peer::import`], [`Peer::advert`], submit
 //! transfers and `Agent::schedule` from within. It must not block: no waiting for transfers, no `Agent::connect`
 //! and no `Peer::region` (on the progress thread those answer with `Busy`).
 
@@ -11,7 +11,9 @@ use kvxfer_proto::{ErrorCode, Time};
 use std::sync::OnceLock;
 use std::time::Instant;
 
-/// Implemented by the channels. All calls come from the progress thread, never two at a time, and must not block.
+/// Implemented by the channels. All calls come from the progress thread and must not block, but for [`Host::message`]: that may come
+/// from a thread that waits for an answer ([`Peer::attend`]). Of one peer there are never two at a time, and none comes after
+/// [`Host::peer_gone`].
 pub(crate) trait Host: Send + Sync + 'static {
     /// A channel message (`Attach` … `Renew`, see the wire module) arrived. False: not for this host, ask the next.
     fn message(&self, peer: &Peer, message: &Message) -> bool;
@@ -28,6 +30,10 @@ pub(crate) trait Host: Send + Sync + 'static {
     fn peer_fenced(&self, peer: &Peer);
     /// Called at the time it returned last (or earlier); returns when to be called next.
     fn tick(&self, now: Time) -> Option<Time>;
+    /// Whether a message is likely to come any moment, worth staying awake for.
+    fn expects(&self) -> bool {
+        false
+    }
     /// The agent is being shut down; no call follows.
     fn closed(&self) {}
 }

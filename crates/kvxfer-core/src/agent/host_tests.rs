@@ -108,11 +108,11 @@ fn a_channel_sees_peers_come_go_and_be_fenced_in_order() {
 fn ticks_come_when_asked_for() {
     let a = agent("ticker", &[]);
     let r = Recorder::on(&a);
-    a.schedule();
+    a.schedule(Instant::now());
     eventually("a tick", || !r.ticks.lock().is_empty());
     let at = now() + Duration::from_millis(30);
     *r.next_tick.lock() = Some(at);
-    a.schedule();
+    a.schedule(Instant::now());
     eventually("the tick it asked for", || r.ticks.lock().iter().any(|t| *t >= at));
 }
 

@@ -3,6 +3,7 @@
 use super::choose::{self, Candidate};
 use super::identity;
 use super::inbox::Mailbox;
+use super::lane::Lane;
 use super::mailbox::{Consumer, Invitation, Producer};
 use super::side::{self, SideChannel};
 use super::state::Inner;
@@ -34,10 +35,21 @@ pub(crate) struct Assembled {
     pub(crate) side: Option<Arc<SideChannel>>,
     /// Where we put notifications for the peer.
     pub(crate) outbox: Option<Producer>,
-    /// Where the peer puts notifications for us.
-    pub(crate) mailbox: Option<Arc<Mailbox>>,
+    /// Where we put control messages for the peer.
+    pub(crate) lane: Option<Producer>,
+    /// Where the peer puts notifications and control messages for us.
+    pub(crate) invited: Invited,
     /// The peer's process.
     pub(crate) pidfd: Option<OwnedFd>,
+}
+
+/// Rings of ours that a peer on this host has been invited to write to.
+#[derive(Clone, Default)]
+pub(crate) struct Invited {
+    /// Notifications.
+    pub(crate) mailbox: Option<Arc<Mailbox>>,
+    /// Control messages.
+    pub(crate) lane: Option<Arc<Lane>>,
 }
 
 /// Why this transport cannot reach that peer, before anything is tried.
@@ -111,31 +123,36 @@ fn connect(
     (paths, skipped)
 }
 
-/// Connects the data paths, checks them against the policy, and takes the mailbox over. Blocks until `deadline` at most.
+/// Connects the data paths, checks them against the policy, and takes the peer's rings over. Blocks until `deadline` at most.
 pub(crate) fn assemble(
     inner: &Inner,
     info: PeerInfo,
     offers: &[Offer],
     side: Result<Arc<SideChannel>, String>,
-    mailbox: Option<Arc<Mailbox>>,
+    invited: Invited,
     deadline: Instant,
 ) -> Result<Assembled> {
     let reachable = side.as_ref().map(|_| ()).map_err(Clone::clone);
     let (paths, skipped) = connect(inner, &info, offers, &reachable, deadline);
     let side = side.ok();
     let done = check(inner, &info, &paths, &skipped).and_then(|()| {
-        let outbox = match &side {
-            Some(side) => take_mailbox(side, deadline)?,
-            None => None,
+        let (outbox, lane) = match &side {
+            Some(side) => (
+                take_ring(side, (side::MAILBOX, side::MAILBOX_EVENT), deadline)?,
+                take_ring(side, (side::LANE, side::LANE_EVENT), deadline)?,
+            ),
+            None => (None, None),
         };
         let process = open_process(&info).or_else(|| {
             let elsewhere = info.same_kernel && !info.same_host;
             side.as_ref().filter(|_| elsewhere)?.process()
         });
-        Ok((outbox, process))
+        Ok((outbox, lane, process))
     });
     match done {
-        Ok((outbox, pidfd)) => Ok(Assembled { info, paths, skipped, side, outbox, mailbox, pidfd }),
+        Ok((outbox, lane, pidfd)) => {
+            Ok(Assembled { info, paths, skipped, side, outbox, lane, invited, pidfd })
+        }
         Err(e) => {
             close_paths(&paths);
             Err(e)
@@ -185,31 +202,39 @@ fn check(inner: &Inner, info: &PeerInfo, paths: &[Path], skipped: &[(TransportKi
     Ok(())
 }
 
-/// Makes our mailbox for that peer and sends it the invitation (or the word that there is none).
-pub(crate) fn invite(inner: &Inner, side: &SideChannel, peer: &AgentName) -> Result<Option<Arc<Mailbox>>> {
+/// Makes our rings for that peer and sends it the invitations (or the word that there are none).
+pub(crate) fn invite(inner: &Inner, side: &SideChannel, peer: &AgentName) -> Result<Invited> {
+    let mailbox = offer_ring(side, (side::MAILBOX, side::MAILBOX_EVENT), peer)?.map(|ring| {
+        Arc::new(Mailbox {
+            peer: peer.clone(),
+            ring,
+            received: inner.metrics.notifications(peer).1,
+            closing: AtomicBool::new(false),
+            violated: AtomicBool::new(false),
+        })
+    });
+    let lane = offer_ring(side, (side::LANE, side::LANE_EVENT), peer)?.map(|ring| Arc::new(Lane::new(ring)));
+    Ok(Invited { mailbox, lane })
+}
+
+fn offer_ring(side: &SideChannel, labels: (u64, u64), peer: &AgentName) -> Result<Option<Consumer>> {
     match Consumer::new() {
         Ok((ring, invitation)) => {
-            side.send(side::MAILBOX, Some(invitation.memory.as_fd()))?;
-            side.send(side::MAILBOX_EVENT, Some(invitation.event.as_fd()))?;
-            Ok(Some(Arc::new(Mailbox {
-                peer: peer.clone(),
-                ring,
-                received: inner.metrics.notifications(peer).1,
-                closing: AtomicBool::new(false),
-                violated: AtomicBool::new(false),
-            })))
+            side.send(labels.0, Some(invitation.memory.as_fd()))?;
+            side.send(labels.1, Some(invitation.event.as_fd()))?;
+            Ok(Some(ring))
         }
         Err(e) => {
-            tracing::debug!(%peer, error = %e, "no mailbox: notifications take the control connection");
-            side.send(side::MAILBOX, None)?;
-            side.send(side::MAILBOX_EVENT, None)?;
+            tracing::debug!(%peer, error = %e, "no ring in shared memory: the control connection takes what it was for");
+            side.send(labels.0, None)?;
+            side.send(labels.1, None)?;
             Ok(None)
         }
     }
 }
 
-fn take_mailbox(side: &SideChannel, deadline: Instant) -> Result<Option<Producer>> {
-    match (side.take(side::MAILBOX, deadline)?, side.take(side::MAILBOX_EVENT, deadline)?) {
+fn take_ring(side: &SideChannel, labels: (u64, u64), deadline: Instant) -> Result<Option<Producer>> {
+    match (side.take(labels.0, deadline)?, side.take(labels.1, deadline)?) {
         (Some(memory), Some(event)) => Producer::new(Invitation { memory, event }).map(Some),
         _ => Ok(None),
     }

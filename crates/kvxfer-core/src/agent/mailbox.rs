@@ -188,6 +188,11 @@ impl Consumer {
         fence(Ordering::SeqCst);
     }
 
+    /// Whoever asked to be woken looks by itself.
+    pub(crate) fn disarm(&self) {
+        self.map.armed().store(0, Ordering::SeqCst);
+    }
+
     /// Makes the eventfd unreadable. Never blocks, whatever the producer does to the shared descriptor.
     pub(crate) fn drain_event(&self) {
         drain_eventfd(&self.event);
@@ -255,7 +260,12 @@ impl Producer {
 
     /// True when senders should hold back.
     pub(crate) fn is_full(&self) -> bool {
-        self.state.lock().bytes >= MAX_SPILLED
+        self.waiting() >= MAX_SPILLED
+    }
+
+    /// Bytes that wait for space in the ring.
+    pub(crate) fn waiting(&self) -> usize {
+        self.state.lock().bytes
     }
 
     /// Moves what waits into the ring; true when nothing waits any more.

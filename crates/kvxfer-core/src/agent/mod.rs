@@ -7,8 +7,9 @@
 //! ```
 //!
 //! The public types are here; `state` is what they share, `progress` the thread that owns sockets and timers,
-//! `doors`, `accept` and `connect` the ways in and out up to the end of a handshake, `links` the data paths, `entry` the end of a peer,
-//! `mailbox` and `inbox` the notifications, and `host` the seam to the channels.
+//! `doors`, `accept` and `connect` the ways in and out up to the end of a handshake, `links` the data paths, `reader` what a peer says and
+//! who hands it on, `lane` and `conn` the way it comes, `entry` the end of a peer, `mailbox` and `inbox` the notifications, and `host` the
+//! seam to the channels.
 
 mod accept;
 pub(crate) mod address;
@@ -22,11 +23,13 @@ mod held;
 pub(crate) mod host;
 mod identity;
 mod inbox;
+mod lane;
 mod links;
 mod mailbox;
 mod peer;
 mod progress;
 mod reactor;
+mod reader;
 mod region;
 mod side;
 mod state;
@@ -335,13 +338,19 @@ impl Agent {
         inner.reactor.command(Command::HostAdded(host));
         Ok(())
     }
-    /// Makes the progress thread ask every host's tick soon.
-    pub(crate) fn schedule(&self) {
+    /// Makes the progress thread ask every host's tick, at the latest then. It is not woken if it looks at its clock in time anyway.
+    pub(crate) fn schedule(&self, latest: Instant) {
         let reactor = &self.handle.inner.reactor;
-        reactor.tick_wanted.store(true, Ordering::Release);
-        if !reactor.is_progress_thread() {
+        reactor.tick_wanted.store(true, Ordering::SeqCst);
+        if !reactor.is_progress_thread() && reactor.sleeps_beyond(latest) {
             reactor.wake();
         }
+    }
+    /// Looks after what all peers say on the caller's thread until `done`, at most so long; see [`Peer::attend`].
+    pub(crate) fn attend(&self, at_most: Duration, done: impl FnMut() -> bool) {
+        let inner = &self.handle.inner;
+        let peers: Vec<_> = inner.peers.read().by_name.values().cloned().collect();
+        reader::attend(inner, peers, at_most, done);
     }
     /// True when the two are clones of one agent.
     pub fn same(&self, other: &Self) -> bool {

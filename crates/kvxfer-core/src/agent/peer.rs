@@ -1,10 +1,13 @@
 //! A connected remote agent.
 
 use super::conn::Conn;
+use super::host;
 use super::inbox::Mailbox;
+use super::lane::Lane;
 use super::links::{Assembled, Path};
 use super::mailbox::{Producer, Pushed};
 use super::reactor::Command;
+use super::reader::{self, Reader};
 use super::region::{RegionInner, RemoteInner};
 use super::side::SideChannel;
 use super::state::Inner;
@@ -13,7 +16,7 @@ use crate::metrics::PathStats;
 use crate::transport::{Capabilities, Mapping, Op, PeerInfo, Piece, SegmentDigests, TransportKind};
 use crate::{Error, Result};
 use kvxfer_proto::wire::{MAX_NOTIFICATION, Message, RegionAdvert};
-use kvxfer_proto::{AgentName, Epoch, ErrorCode, RegionId};
+use kvxfer_proto::{AgentName, Epoch, ErrorCode, RegionId, Time};
 use parking_lot::{Condvar, Mutex, RwLock};
 use prometheus_client::metrics::counter::Counter;
 use std::collections::HashMap;
@@ -39,6 +42,10 @@ pub(crate) struct PeerInner {
     side: Mutex<Option<Arc<SideChannel>>>,
     pub(crate) outbox: RwLock<Option<Producer>>,
     pub(crate) mailbox: Option<Arc<Mailbox>>,
+    lane: Mutex<Option<Arc<Lane>>>,
+    pub(crate) reader: Mutex<Reader>,
+    /// When something of it came last, on the channels' clock.
+    last_heard: AtomicU64,
     pub(crate) pidfd: Mutex<Option<OwnedFd>>,
     gone: AtomicU16,
     gone_text: Mutex<String>,
@@ -62,6 +69,9 @@ struct Query {
 impl PeerInner {
     pub(crate) fn new(agent: &Inner, a: Assembled, dialled: Option<String>, conn: Arc<Conn>) -> Arc<Self> {
         let (sent, received) = agent.metrics.notifications(&a.info.name);
+        if let Some(lane) = a.lane {
+            conn.use_lane(lane);
+        }
         Arc::new(Self {
             id: agent.id(),
             info: a.info,
@@ -71,7 +81,10 @@ impl PeerInner {
             skipped: a.skipped,
             side: Mutex::new(a.side),
             outbox: RwLock::new(a.outbox),
-            mailbox: a.mailbox,
+            mailbox: a.invited.mailbox,
+            lane: Mutex::new(a.invited.lane),
+            reader: Mutex::default(),
+            last_heard: AtomicU64::new(host::now().0),
             pidfd: Mutex::new(a.pidfd),
             gone: AtomicU16::new(0),
             gone_text: Mutex::default(),
@@ -89,11 +102,27 @@ impl PeerInner {
         self.side.lock().clone()
     }
 
+    /// Where its control messages come, when it is on this host.
+    pub(crate) fn lane(&self) -> Option<Arc<Lane>> {
+        self.lane.lock().clone()
+    }
+
+    /// Something came.
+    pub(crate) fn heard(&self) {
+        self.last_heard.store(host::now().0, Ordering::Relaxed);
+    }
+
+    /// When something came last.
+    pub(crate) fn last_heard(&self) -> Instant {
+        host::to_instant(Time(self.last_heard.load(Ordering::Relaxed)))
+    }
+
     /// The peer is fenced: lets go of what belongs to it, also while somebody still holds a handle.
     pub(crate) fn let_go(&self) {
         self.conn.close();
         *self.side.lock() = None;
         *self.outbox.write() = None;
+        *self.lane.lock() = None;
         *self.pidfd.lock() = None;
     }
 
@@ -198,6 +227,12 @@ impl PeerInner {
         }
         self.sent.inc();
         Ok(())
+    }
+
+    /// Moves what waits into the peer's rings; true when nothing waits any more.
+    pub(crate) fn flush(&self) -> bool {
+        let notifications = self.outbox.read().as_ref().is_none_or(Producer::flush);
+        self.conn.flush() && notifications
     }
 
     /// Room for one more notification?
@@ -340,6 +375,11 @@ impl Peer {
         self.inner.check_up()?;
         self.inner.send_notification(&self.agent, payload, false)
     }
+    /// Looks after what the peer says on the caller's thread, for a moment and until `done`: for who waits for an answer of it and holds no
+    /// lock of a channel.
+    pub(crate) fn attend(&self, done: impl FnMut() -> bool) {
+        reader::attend(&self.agent, [self.inner.clone()], reader::attention(&self.agent), done);
+    }
     /// Refuses a call that waits on the thread which would have to make it come true.
     pub(crate) fn check_may_wait(&self, call: &str) -> Result<()> {
         self.agent.check_may_wait(call)
@@ -454,7 +494,7 @@ impl Peer {
         }
         let text = "disconnected by this side";
         self.inner.mark_gone(ErrorCode::PeerGone, text);
-        self.agent.reactor.command(Command::Gone(self.inner.clone(), ErrorCode::PeerGone, text.into()));
+        self.agent.reactor.command(Command::Gone(self.inner.clone(), ErrorCode::PeerGone, text.into(), true));
     }
 }
 

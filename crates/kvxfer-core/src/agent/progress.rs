@@ -3,6 +3,7 @@
 //! It sleeps in `epoll` until something happens or the nearest deadline comes. Transports that need polling are polled
 //! only while they have jobs. Channels are called from here with no lock of the agent held.
 
+use super::Peer;
 use super::accept::Incoming;
 use super::entry::Entry;
 use super::host;
@@ -10,11 +11,9 @@ use super::identity::whereabouts;
 use super::peer::PeerInner;
 use super::reactor::{Command, WAKE};
 use super::state::Inner;
-use super::{Access, Notification, Peer};
 use crate::{Error, Result};
 use kvxfer_proto::ErrorCode;
 use kvxfer_proto::frame::Decoder;
-use kvxfer_proto::wire::Message;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -23,8 +22,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// Most notifications of one peer that wait here, when they do not come through a mailbox.
-const MAX_WAITING_NOTIFICATIONS: usize = 65_536;
+/// How long the thread stays awake for what a channel expects.
+const EXPECTATION: Duration = Duration::from_millis(2);
 /// Between two looks at peers that are ending.
 const DRAIN_TICK: Duration = Duration::from_millis(5);
 /// Naps between two polls of a library that has no thread of its own, once the spinning budget is spent.
@@ -38,6 +37,7 @@ pub(super) enum Source {
     SideStranger(OwnedFd, Instant),
     Incoming,
     Peer(u64),
+    PeerLane(u64),
     PeerSide(u64),
     PeerProcess(u64),
 }
@@ -58,6 +58,37 @@ pub(crate) struct Progress {
     spill_nap: Duration,
     polling_since: Option<Instant>,
     pub(super) shutdown: Option<Instant>,
+}
+
+/// How long the thread stays awake after something came: an answer usually follows within microseconds, and going to sleep for it takes
+/// as long.
+#[derive(Default)]
+struct Awake {
+    since: Option<Instant>,
+    /// Next look at whether something is expected.
+    look: Option<Instant>,
+}
+
+impl Awake {
+    fn heard(&mut self) {
+        self.since = Some(Instant::now());
+        self.look = None;
+    }
+
+    /// Whether to go on without sleeping; `spin`, or longer where a channel expects something any moment.
+    fn goes_on(&mut self, agent: &Inner) -> bool {
+        let Some(since) = self.since else { return false };
+        let (now, spin) = (Instant::now(), agent.config.spin);
+        if now >= *self.look.get_or_insert(since + spin) {
+            let expected =
+                !spin.is_zero() && now < since + EXPECTATION && agent.hosts().iter().any(|h| h.expects());
+            self.look = Some(now + spin);
+            if !expected {
+                self.since = None;
+            }
+        }
+        self.since.is_some()
+    }
 }
 
 /// Runs until the agent is shut down. A panic (a bug) ends the agent, not the process.
@@ -100,8 +131,7 @@ impl Progress {
 
     fn run(&mut self) {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
-        // An answer usually follows within microseconds of a message, and going to sleep for it takes as long.
-        let mut awake_until = None;
+        let mut awake = Awake::default();
         loop {
             // Whoever adds a deadline while we are busy wakes us; the value is settled before we sleep.
             self.inner.reactor.announce_sleep(None);
@@ -115,7 +145,11 @@ impl Progress {
                 return;
             }
             let next = self.poll_transports(next);
-            let spinning = awake_until.is_some_and(|t| Instant::now() < t);
+            let spinning = awake.goes_on(&self.inner);
+            if self.listen_to_all(!spinning) {
+                awake.heard();
+                continue;
+            }
             let next = if spinning { Some(Instant::now()) } else { next };
             self.inner.reactor.announce_sleep(next);
             let timeout = next.map(|t| {
@@ -146,7 +180,7 @@ impl Progress {
             for event in &events {
                 self.event(event.data.u64(), event.flags);
             }
-            awake_until = Some(Instant::now() + self.inner.config.spin);
+            awake.heard();
         }
     }
 
@@ -170,6 +204,14 @@ impl Progress {
                     self.read_peer(id);
                 }
             }
+            Some(Source::PeerLane(id)) => {
+                if let Some(peer) = self.peers.get(id).map(|e| e.peer.clone())
+                    && let Some(lane) = peer.lane()
+                {
+                    lane.ring.drain_event();
+                    self.listen(&peer);
+                }
+            }
             Some(Source::PeerSide(id)) => {
                 if let Some(side) = self.peers.get(id).and_then(|e| e.peer.side())
                     && !side.drain()
@@ -188,12 +230,14 @@ impl Progress {
     fn command(&mut self, command: Command) {
         match command {
             Command::PeerUp(peer, decoder) => self.peer_up(&peer, decoder),
-            Command::Gone(peer, code, text) => self.gone(peer.id, code, &text, true),
+            Command::Gone(peer, code, text, tell) => self.gone(peer.id, code, &text, tell),
             Command::Linked(token, result) => self.linked(token, *result),
-            Command::Spilled(peer) => {
-                if !self.spilled.iter().any(|p| p.id == peer.id) {
-                    self.spilled.push(peer);
-                    self.spill_nap = Duration::ZERO;
+            Command::Spilled(peer) => self.spilled(peer),
+            Command::Blocked(token) => {
+                if let Some(Source::Peer(id)) = self.sources.get(&token)
+                    && let Some(entry) = self.peers.get(id)
+                {
+                    self.spilled(entry.peer.clone());
                 }
             }
             Command::Reap(region) => drop(region),
@@ -211,6 +255,13 @@ impl Progress {
                 }
                 self.shutdown = Some(self.shutdown.map_or(deadline, |d| d.max(deadline)));
             }
+        }
+    }
+
+    fn spilled(&mut self, peer: Arc<PeerInner>) {
+        if !self.spilled.iter().any(|p| p.id == peer.id) {
+            self.spilled.push(peer);
+            self.spill_nap = Duration::ZERO;
         }
     }
 
@@ -240,7 +291,7 @@ impl Progress {
             }
         }
         if !self.spilled.is_empty() {
-            self.spilled.retain(|p| p.is_up() && p.outbox.read().as_ref().is_some_and(|o| !o.flush()));
+            self.spilled.retain(|p| p.is_up() && !p.flush());
             // The consumer does not tell when it makes room: look again, less and less often.
             self.spill_nap =
                 (self.spill_nap * 2).clamp(Duration::from_micros(200), Duration::from_millis(20));
@@ -273,11 +324,7 @@ impl Progress {
 
     /// The channels, taken out from under the lock.
     pub(super) fn hosts(&self) -> Vec<Arc<dyn host::Host>> {
-        let hosts: Vec<_> = self.inner.hosts.read().iter().filter_map(Weak::upgrade).collect();
-        if hosts.len() < self.inner.hosts.read().len() {
-            self.inner.hosts.write().retain(|h| h.strong_count() > 0);
-        }
-        hosts
+        self.inner.hosts()
     }
 
     /// Polls the libraries that have no thread; gives when to do so again.
@@ -315,6 +362,12 @@ impl Progress {
         self.inner.metrics.peer_up(&peer.info.name);
         let watched = peer.conn.watch();
         self.sources.insert(peer.conn.token, Source::Peer(id));
+        if let Some(lane) = peer.lane() {
+            let token = self.inner.reactor.token();
+            if self.inner.reactor.watch(&lane.ring.event, token, EventFlags::IN).is_ok() {
+                self.sources.insert(token, Source::PeerLane(id));
+            }
+        }
         if let Some(side) = peer.side() {
             let token = self.inner.reactor.token();
             if self.inner.reactor.watch(&side.fd, token, EventFlags::IN).is_ok() {
@@ -336,7 +389,7 @@ impl Progress {
             transports = ?kinds,
             "peer up"
         );
-        self.peers.insert(id, Entry::new(peer.clone(), decoder));
+        self.peers.insert(id, Entry::new(peer.clone()));
         let handle = Peer::from_inner(&self.inner, peer);
         self.introduced.retain(|h| h.strong_count() > 0);
         for host in self.introduced.clone().iter().filter_map(Weak::upgrade) {
@@ -349,8 +402,8 @@ impl Progress {
         } else if !peer.is_up() {
             // Disconnected before we came to it.
             self.gone(id, ErrorCode::PeerGone, "disconnected by this side", true);
-        } else {
-            self.take_messages(id);
+        } else if let Err(end) = peer.begin(&self.inner, decoder) {
+            self.gone(id, end.code, &end.text, end.tell);
         }
     }
 
@@ -358,116 +411,46 @@ impl Progress {
         let mut buffer = [0u8; 16 << 10];
         // A bounded number of rounds, so that one peer cannot keep the thread to itself.
         for _ in 0..64 {
-            let Some(entry) = self.peers.get_mut(&id) else { return };
-            match entry.peer.conn.read(&mut buffer) {
-                Ok(0) => return self.ended(id, "closed its connection"),
-                Ok(n) => {
-                    entry.heard();
-                    if entry.is_draining() {
-                        continue; // Only the end matters now.
-                    }
-                    entry.decoder.push(&buffer[..n]);
+            let Some(peer) = self.peers.get(&id).map(|e| e.peer.clone()) else { return };
+            match peer.conn.read(&mut buffer) {
+                Ok(0) => {
+                    // What it said before it left.
+                    while self.listen(&peer) {}
+                    return self.ended(id, "closed its connection");
                 }
-                Err(Errno::INTR) => continue,
+                Ok(n) => {
+                    if let Err(end) = peer.hear(&self.inner, &buffer[..n]) {
+                        self.gone(id, end.code, &end.text, end.tell);
+                    }
+                }
+                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 Err(e) => return self.ended(id, &format!("broke its connection: {e}")),
             }
-            self.take_messages(id);
         }
     }
 
-    fn take_messages(&mut self, id: u64) {
-        loop {
-            let Some(entry) = self.peers.get_mut(&id) else { return };
-            if entry.is_draining() {
-                return;
-            }
-            match entry.decoder.next_message() {
-                Ok(Some(message)) => self.message(id, message),
-                Ok(None) => return,
-                Err(e) => return self.gone(id, ErrorCode::Protocol, &e.to_string(), true),
+    /// Takes what is in a peer's lane; true when there was something.
+    fn listen(&mut self, peer: &Arc<PeerInner>) -> bool {
+        match peer.listen(&self.inner) {
+            Ok(found) => found,
+            Err(end) => {
+                self.gone(peer.id, end.code, &end.text, end.tell);
+                true
             }
         }
     }
 
-    fn message(&mut self, id: u64, message: Message) {
-        let Some(entry) = self.peers.get(&id) else { return };
-        let peer = entry.peer.clone();
-        match message {
-            Message::RegionQuery { query, name } => {
-                let found = self.inner.exports.read().get(&name).map(|e| (e.region.clone(), e.access));
-                let region = found.map(|(region, access): (_, Access)| region.advert(&peer, &name, access));
-                self.reply(&peer, &Message::RegionInfo { query, region });
-            }
-            Message::RegionInfo { query, region } => peer.answer(query, region),
-            Message::Unexported { region } => peer.revoke(region),
-            Message::Notify { payload } => {
-                if peer.waiting_notifications.load(Ordering::Relaxed) >= MAX_WAITING_NOTIFICATIONS {
-                    let text = format!(
-                        "{MAX_WAITING_NOTIFICATIONS} of its notifications wait and nobody fetches them"
-                    );
-                    return self.gone(id, ErrorCode::NoCapacity, &text, true);
-                }
-                peer.received.inc();
-                let notification = Notification { peer: peer.info.name.clone(), payload };
-                self.inner.inbox.push(notification, &peer.waiting_notifications);
-            }
-            Message::Ping { nonce } => self.reply(&peer, &Message::Pong { nonce }),
-            Message::Pong { .. } => {}
-            Message::Bye { reason } => {
-                let text = format!("said goodbye: {}", kvxfer_proto::handshake::printable(&reason));
-                self.gone(id, ErrorCode::PeerGone, &text, false);
-            }
-            Message::Hello(_)
-            | Message::Auth { .. }
-            | Message::Offers { .. }
-            | Message::Welcome
-            | Message::Refuse { .. } => {
-                self.gone(id, ErrorCode::Protocol, "sent a handshake message after the handshake", true);
-            }
-            message => {
-                let handle = Peer::from_inner(&self.inner, &peer);
-                if !self.hosts().iter().any(|h| h.message(&handle, &message)) {
-                    self.unclaimed(&peer, message);
-                }
-            }
+    /// Takes what is in the peers' lanes; true when there was something. `asleep`: asks to be woken for what comes from now on.
+    fn listen_to_all(&mut self, asleep: bool) -> bool {
+        let ready =
+            |e: &&Entry| e.peer.lane().is_some_and(|l| if asleep { l.arm() } else { l.ring.has_some() });
+        let ready: Vec<_> = self.peers.values().filter(ready).map(|e| e.peer.clone()).collect();
+        let mut some = false;
+        for peer in &ready {
+            some |= self.listen(peer);
         }
-    }
-
-    /// No channel takes it: whoever waits for an answer gets one.
-    fn unclaimed(&self, peer: &PeerInner, message: Message) {
-        let code = ErrorCode::NotFound;
-        match message {
-            Message::Attach { channel, pool, .. } => {
-                let text = format!("agent {:?} has no pool {pool:?}", self.inner.name.as_str());
-                self.reply(peer, &Message::Attached { channel, region: None, pages: 0, code, text });
-            }
-            Message::Reserve { channel, serial, .. } => {
-                let text = format!("agent {:?} has no channel {channel}", self.inner.name.as_str());
-                self.reply(peer, &Message::Refused { channel, serial, code, text });
-            }
-            Message::Query { channel, query, .. } => {
-                let text = format!("agent {:?} has no channel {channel}", self.inner.name.as_str());
-                self.reply(
-                    peer,
-                    &Message::Found { channel, query, chunks: Vec::new(), lease_ms: 0, code, text },
-                );
-            }
-            Message::Release { channel, query } => {
-                self.reply(peer, &Message::Released { channel, query, code });
-            }
-            other => {
-                tracing::debug!(peer = %peer.info.name, channel = ?other.channel(), "nobody takes this message");
-            }
-        }
-    }
-
-    /// Answers; a peer that does not read its answers ends by its own silence.
-    #[expect(clippy::unused_self, reason = "reads as what the thread does")]
-    fn reply(&self, peer: &PeerInner, message: &Message) {
-        if let Err(e) = peer.conn.send(message) {
-            tracing::debug!(peer = %peer.info.name, error = %e, "answer not sent");
-        }
+        some
     }
 
     /// Ends pings, timeouts and drains of peers; gives when to look again.
@@ -495,6 +478,9 @@ impl Progress {
 
     /// Takes everything that stands for a peer out of the epoll set.
     pub(super) fn forget_sources(&mut self, peer: &PeerInner) {
+        if let Some(lane) = peer.lane() {
+            self.inner.reactor.unwatch(&lane.ring.event);
+        }
         if let Some(side) = peer.side() {
             self.inner.reactor.unwatch(&side.fd);
         }
@@ -503,7 +489,12 @@ impl Progress {
         }
         let id = peer.id;
         self.sources.retain(
-            |_, s| !matches!(s, Source::Peer(i) | Source::PeerSide(i) | Source::PeerProcess(i) if *i == id),
+            |_, s| {
+                !matches!(
+                    s,
+                    Source::Peer(i) | Source::PeerLane(i) | Source::PeerSide(i) | Source::PeerProcess(i) if *i == id
+                )
+            },
         );
     }
 

@@ -21,12 +21,14 @@ use std::time::{Duration, Instant};
 pub(crate) enum Command {
     /// A peer we connected to is up; what its handshake read beyond the end comes along.
     PeerUp(Arc<PeerInner>, kvxfer_proto::frame::Decoder),
-    /// End a peer.
-    Gone(Arc<PeerInner>, ErrorCode, String),
+    /// End a peer; the flag says whether it hears of it.
+    Gone(Arc<PeerInner>, ErrorCode, String, bool),
     /// The data paths of an incoming connection stand or have failed.
     Linked(u64, Box<Result<Assembled>>),
     /// Something of a peer waits for space in its mailbox.
     Spilled(Arc<PeerInner>),
+    /// Something of the peer with that connection waits for space in its lane.
+    Blocked(u64),
     /// A region whose last user was a transfer.
     Reap(Box<RegionInner>),
     /// A channel was added.
@@ -204,7 +206,7 @@ impl Reactor {
         }
         d.heap.push(Reverse(entry));
         drop(d);
-        if self.nanos(at) < self.next_look.load(Ordering::Acquire) {
+        if self.sleeps_beyond(at) {
             self.wake();
         }
     }
@@ -257,7 +259,12 @@ impl Reactor {
 
     /// Tells everybody until when the thread intends to sleep. Look at commands and deadlines again after this.
     pub(crate) fn announce_sleep(&self, until: Option<Instant>) {
-        self.next_look.store(until.map_or(u64::MAX, |t| self.nanos(t)), Ordering::Release);
+        self.next_look.store(until.map_or(u64::MAX, |t| self.nanos(t)), Ordering::SeqCst);
+    }
+
+    /// Whether the thread must be woken to look at the clock by then.
+    pub(crate) fn sleeps_beyond(&self, at: Instant) -> bool {
+        self.nanos(at) < self.next_look.load(Ordering::SeqCst)
     }
 
     fn nanos(&self, at: Instant) -> u64 {

@@ -27,6 +27,10 @@ use std::time::{Duration, Instant};
 pub(crate) const MAILBOX: u64 = 1;
 /// Label of the mailbox's eventfd.
 pub(crate) const MAILBOX_EVENT: u64 = 2;
+/// Label of the memory of the lane, for control messages.
+pub(crate) const LANE: u64 = 3;
+/// Label of the lane's eventfd.
+pub(crate) const LANE_EVENT: u64 = 4;
 /// Labels of tickets start here.
 const FIRST_TICKET: u64 = 16;
 /// Descriptors that arrived and nobody has asked for; more than these are closed.

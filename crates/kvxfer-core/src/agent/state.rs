@@ -4,7 +4,8 @@ use super::address::Listener;
 use super::held::Held;
 use super::host::Host;
 use super::identity;
-use super::inbox::{Inbox, Mailbox};
+use super::inbox::Inbox;
+use super::links::Invited;
 use super::peer::PeerInner;
 use super::reactor::{Command, Reactor};
 use super::region::RegionInner;
@@ -58,8 +59,8 @@ pub(crate) struct SessionState {
     pub(crate) side_of: SideOf,
     /// Its side socket, once that has come.
     pub(crate) side: Option<Arc<SideChannel>>,
-    /// Its mailbox here, made when the side socket came.
-    pub(crate) mailbox: Option<Arc<Mailbox>>,
+    /// Its rings here, made when the side socket came.
+    pub(crate) invited: Invited,
 }
 
 #[derive(Default)]
@@ -229,7 +230,7 @@ impl Inner {
         if let Some(old) = replaced {
             let text = format!("replaced by epoch {} of the same name", peer.info.epoch);
             old.mark_gone(ErrorCode::PeerGone, &text);
-            self.reactor.command(Command::Gone(old, ErrorCode::PeerGone, text));
+            self.reactor.command(Command::Gone(old, ErrorCode::PeerGone, text, true));
         }
         Ok(())
     }
@@ -281,6 +282,18 @@ impl Inner {
             slot.transport.allow(region.id, access);
         }
         access.is_some()
+    }
+
+    /// The channels, taken out from under the lock.
+    pub(crate) fn hosts(&self) -> Vec<Arc<dyn Host>> {
+        let (hosts, all) = {
+            let hosts = self.hosts.read();
+            (hosts.iter().filter_map(Weak::upgrade).collect::<Vec<_>>(), hosts.len())
+        };
+        if hosts.len() < all {
+            self.hosts.write().retain(|h| h.strong_count() > 0);
+        }
+        hosts
     }
 
     pub(crate) fn slot(&self, kind: TransportKind) -> Option<&Slot> {

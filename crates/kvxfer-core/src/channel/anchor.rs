@@ -5,6 +5,8 @@
 //! what the agent's threads may still drop afterwards holds no agent.
 
 use crate::Agent;
+use crate::agent::host;
+use kvxfer_proto::Time;
 use parking_lot::Mutex;
 
 /// An agent, until it is released.
@@ -15,11 +17,11 @@ impl Anchor {
         Self(Mutex::new(Some(agent.clone())))
     }
 
-    /// Makes the progress thread ask the channel's tick soon.
-    pub(super) fn schedule(&self) {
+    /// Makes the progress thread ask the channel's tick, at the latest then.
+    pub(super) fn schedule(&self, latest: Time) {
         // Called under the lock, so that no clone of the agent can outlive its release on this thread.
         if let Some(agent) = self.0.lock().as_ref() {
-            agent.schedule();
+            agent.schedule(host::to_instant(latest));
         }
     }
 

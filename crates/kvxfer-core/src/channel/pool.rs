@@ -237,7 +237,7 @@ impl Pool {
         drop(state);
         drop(over);
         if sooner {
-            self.anchor.schedule();
+            self.anchor.schedule(next);
         }
     }
 
@@ -349,6 +349,11 @@ impl Host for Pool {
         let next = state.machine.next_timeout();
         state.announced = next.unwrap_or(Time::NEVER);
         next
+    }
+
+    fn expects(&self) -> bool {
+        // Pages have been granted, and somebody fills them.
+        self.state.lock().stats().writing > 0
     }
 
     fn closed(&self) {

@@ -207,7 +207,9 @@ impl std::fmt::Debug for Sender {
 impl Reservation {
     /// Waits until the request is admitted; refusal is the error.
     pub fn wait_admitted(&self, timeout: Duration) -> Result<()> {
-        self.inner().ticket.wait_admitted(timeout)
+        let Delivery { session, ticket, .. } = self.inner();
+        session.attend(|| ticket.is_admitted() || ticket.is_finished());
+        ticket.wait_admitted(timeout)
     }
 
     /// True when the request is admitted and has not failed.
@@ -301,6 +303,7 @@ impl Delivery {
     /// Waits for the end; the request's failure is the error. [`ErrorCode::TimedOut`] also when `timeout` passes first: the
     /// request goes on until its own deadline.
     pub fn wait(&self, timeout: Duration) -> Result<DeliveryReport> {
+        self.session.attend(|| self.ticket.is_finished());
         self.ticket.wait(timeout)
     }
     /// True when the request is admitted and has not failed.

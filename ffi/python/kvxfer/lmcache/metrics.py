@@ -67,31 +67,32 @@ class PdMetrics:
     """The counters of one worker."""
 
     def __init__(self, config: Any, metadata: Any):
-        self._f = _families()
-        self._labels = (str(metadata.model_name), str(config.tp_rank))
+        families, labels = _families(), (str(metadata.model_name), str(config.tp_rank))
+        # A family's metric with these labels; looking it up by its labels takes longer than counting.
+        self._of = cache(lambda family, *more: families[family].labels(*labels, *more))
 
     def ended(self, event: Any) -> None:
         report = event.report
         result = "ok" if report is not None else event.failure.name
-        self._f["requests"].labels(*self._labels, result).inc()
+        self._of("requests", result).inc()
         if report is not None:
-            self._f["bytes"].labels(*self._labels, report.transport).inc(report.bytes)
-            self._f["present"].labels(*self._labels).inc(report.present)
-            self._f["seconds"].labels(*self._labels).observe(event.took_seconds)
-            self._f["queued"].labels(*self._labels).observe(report.queued_seconds)
+            self._of("bytes", report.transport).inc(report.bytes)
+            self._of("present").inc(report.present)
+            self._of("seconds").observe(event.took_seconds)
+            self._of("queued").observe(report.queued_seconds)
 
     def received(self, event: Any) -> None:
         from kvxfer._native import ffi, lib
 
         result = "ok" if event.ready else ffi.string(lib.kvxfer_result_name(event.code)).decode()
-        self._f["received"].labels(*self._labels, result).inc()
+        self._of("received", result).inc()
 
     def looked_up(self, found: bool) -> None:
-        self._f["lookups"].labels(*self._labels, "hit" if found else "miss").inc()
+        self._of("lookups", "hit" if found else "miss").inc()
 
     def loaded(self, length: int) -> None:
-        self._f["loaded_chunks"].labels(*self._labels).inc()
-        self._f["loaded_bytes"].labels(*self._labels).inc(length)
+        self._of("loaded_chunks").inc()
+        self._of("loaded_bytes").inc(length)
 
     def update(self, stats: Any) -> None:
         """The pool's pages; None on a prefiller."""
@@ -99,6 +100,6 @@ class PdMetrics:
             return
         for state in _STATES:
             value = stats.free_pages if state == "free" else getattr(stats, state)
-            self._f["pages"].labels(*self._labels, state).set(value)
-        self._f["queue"].labels(*self._labels).set(stats.queued)
-        self._f["active"].labels(*self._labels).set(stats.active)
+            self._of("pages", state).set(value)
+        self._of("queue").set(stats.queued)
+        self._of("active").set(stats.active)

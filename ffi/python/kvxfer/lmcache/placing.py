@@ -9,6 +9,7 @@ is copied as ever.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,37 +32,50 @@ class KnownChunks:
         return iter(self._chunks)
 
     @property
-    def keys(self) -> list[tuple[str, int]]:
+    def chunks(self) -> list[tuple[Any, int]]:
         """Key and tokens of each chunk, in the order in which LMCache allocates them."""
-        return [(key.to_string(), end - start) for start, end, key in self._chunks if end > start]
+        return [(key, end - start) for start, end, key in self._chunks if end > start]
 
 
 class Places(GivenMemory):
     """The places of one store, and the parent of the memory objects in them: letting go of one does nothing, the page is the decoder's."""
 
-    def __init__(self, request: str, keys: Sequence[str], places: Sequence[Place | None], device: str):
-        self.request, self.keys = request, list(keys)
+    def __init__(self, step: Any, chunks: Sequence[tuple[Any, int]], places: Sequence[Place | None], device: str):
+        self.step, self.keys, self.tokens = step, [key for key, _ in chunks], sum(tokens for _, tokens in chunks)
         self._places = [place and (place, _tensor(place, device)) for place in places]
-        self._next = 0
+        self._given: list[MemoryObj | None] = []
         self.put = False
 
     def next(self, shapes: Any, dtypes: Any, fmt: MemoryFormat) -> MemoryObj | None:
         """The memory object of the next chunk; None where it has no place."""
-        at, self._next = self._next, self._next + 1
-        place = self._places[at] if at < len(self._places) else None
-        if place is None:
-            return None
-        place, tensor = place
-        shapes, dtypes = _as_lists(shapes, dtypes)
+        at = len(self._given)
+        given = self._places[at] if at < len(self._places) else None
+        placed = None if given is None else self._placed(*given, _as_lists(shapes, dtypes), fmt)
+        self._given.append(placed)
+        return placed
+
+    def _placed(self, place: Place, tensor: torch.Tensor, of: tuple[list, list], fmt: MemoryFormat) -> MemoryObj:
+        shapes, dtypes = of
         size = sum(shape.numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
         if size != place.length:
             raise ValueError(
-                f"LMCache allocates {size} bytes for chunk {at} of a store, which was named with {place.length}"
+                f"LMCache allocates {size} bytes for chunk {len(self._given)} of a store, which was named with {place.length}"
             )
         metadata = MemoryObjMetadata(shapes[0], dtypes[0], place.address, size, 1, 0, fmt, shapes=shapes, dtypes=dtypes)
         placed = TensorMemoryObj(tensor, metadata, self)
         placed.kvxfer_placed = True
         return placed
+
+    def are(self, memory_objs: Sequence[MemoryObj]) -> bool:
+        """Whether these are the chunks of the store, each in its place."""
+        given = self._given
+        return len(memory_objs) == len(self._places) == len(given) and all(
+            a is not None and a is b for a, b in zip(given, memory_objs, strict=True)
+        )
+
+    @property
+    def bytes(self) -> int:
+        return sum(place.length for place, _ in filter(None, self._places))
 
     def free(self, memory_obj: MemoryObj, allocator_type: str | None = None) -> None:
         memory_obj.invalidate()
@@ -83,7 +97,9 @@ class _OnDevice:
         }
 
 
+@lru_cache(maxsize=4096)
 def _tensor(place: Place, device: str) -> torch.Tensor:
+    """Bytes at an address of this process; the pages of a decoder's pool come again and again."""
     if device == "cpu":
         return tensor_over(place.address, place.length)
     tensor = torch.as_tensor(_OnDevice(place), device=device)

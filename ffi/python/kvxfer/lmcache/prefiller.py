@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,12 @@ from kvxfer.lmcache.metrics import PdMetrics
 from kvxfer.lmcache.placing import KnownChunks, Places, is_placed
 from kvxfer.lmcache.reading import CacheQueryResponse, Reading
 from kvxfer.outbox import Ended, Outbox, Released
+from kvxfer.region import Region
 
 logger = init_logger(__name__)
+
+# How long a thread that waits for a request looks after the outbox itself.
+_MOMENT_S = 0.0002
 
 
 @dataclass
@@ -39,11 +44,38 @@ class Spec:
     total_chunks: int = 0
 
 
-@dataclass
+class _Arrival(Future):
+    """The end of a request. Who waits for it looks after the outbox itself for a moment: most requests end in less time than it takes
+    to wake the backend's thread for them."""
+
+    def __init__(self, prefiller: Prefiller):
+        super().__init__()
+        self._prefiller = prefiller
+
+    def result(self, timeout: float | None = None) -> int:
+        self._prefiller.attend(self)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._prefiller.attend(self)
+        return super().exception(timeout)
+
+
+class _Store(threading.local):
+    """The store that a thread is at."""
+
+    began: float | None = None
+    vllm: str | None = None
+    stream: Any = None
+    places: Places | None = None
+
+
+@dataclass(slots=True)
 class _Request:
     """A request on its way, as far as log lines and futures need it."""
 
     name: str
+    future: _Arrival
     vllm: str | None = None
     tokens: int = 0
     size: int = 0
@@ -51,7 +83,6 @@ class _Request:
     chunks: int = 0
     placed: int = 0
     last: bool = False
-    future: Future = field(default_factory=Future)
 
 
 class _Step(NamedTuple):
@@ -81,19 +112,22 @@ class Prefiller:
         )
         self._reading = Reading(agent, c, self._region)
         self._lock = threading.Lock()
-        self._local = threading.local()
+        self._local = _Store()
+        self._device = self._region.device
         # Memory objects of the batches that are not released, and what else waits for that.
         self._batches: dict[int, tuple[list[MemoryObj], list[Any], Callable | None]] = {}
         self._early: set[int] = set()
         self._requests: dict[str, _Request] = {}
         # vLLM's name of a request to the proxy's.
         self._names: dict[str, str] = {}
+        # Requests that have ended and are still to be counted and told of.
+        self._ends: deque[tuple[Ended, _Request]] = deque()
         self._steps = itertools.count(1)
         self._in_place = c.pd.in_place
         self._closed = False
 
     def allocate(self, shapes: Any, dtypes: Any, fmt: MemoryFormat) -> MemoryObj | None:
-        places = getattr(self._local, "places", None)
+        places = self._local.places
         placed = places.next(shapes, dtypes, fmt) if places is not None else None
         if placed is not None:
             return placed
@@ -137,16 +171,16 @@ class Prefiller:
             with self._lock:
                 self._names[request] = str(transfer_spec.req_id)
         try:
-            local.places = None if chunks is None or not self._in_place else self._place(chunks.keys, transfer_spec)
+            local.places = None if chunks is None or not self._in_place else self._place(chunks.chunks, transfer_spec)
             yield
         finally:
             places = local.places
             if places is not None and not places.put:
                 # The store ended early: nobody will ever fill them.
-                self._outbox.give_up(places.request, self._complete_at())
+                self._outbox.give_up(places.step.name, self._complete_at())
             local.began = local.vllm = local.stream = local.places = None
 
-    def _place(self, keys: Sequence[tuple[str, int]], spec: Any) -> Places | None:
+    def _place(self, chunks: Sequence[tuple[Any, int]], spec: Any) -> Places:
         """Asks for pages at the decoder for the chunks of a step."""
         c = self._config
         step = self._step(spec)
@@ -154,24 +188,24 @@ class Prefiller:
         places = self._outbox.place(
             step.name,
             step.receiver,
-            [(key, tokens * token) for key, tokens in keys],
+            [(key.to_string(), tokens * token) for key, tokens in chunks],
             total=step.total,
             first=step.first,
             last=step.last,
-            device=self._region.device,
+            device=self._device,
             patience=c.pd.in_place_patience,
         )
         try:
-            return Places(step.name, [key for key, _ in keys], places, c.device)
+            return Places(step, chunks, places, c.device)
         except Exception:
             # A torch that does not take such memory: the places are not used, now and later.
             logger.exception("kvxfer: chunks cannot be gathered in place here; they are copied from now on")
             self._in_place = False
-            return Places(step.name, [key for key, _ in keys], [None] * len(places), c.device)
+            return Places(step, chunks, [None] * len(places), c.device)
 
     def _step(self, spec: Any) -> _Step:
         """What a `disagg_spec` says of the step that this thread is storing."""
-        vllm, name = getattr(self._local, "vllm", None), str(spec.req_id)
+        vllm, name = self._local.vllm, str(spec.req_id)
         with self._lock:
             request = self._requests.get(name)
             goes_on = request is not None and vllm is not None and request.vllm == vllm and request.tokens > 0
@@ -195,42 +229,45 @@ class Prefiller:
         if spec is None:
             # A request for this instance alone: there is nobody to send it to.
             return None
-        c = self._config
-        step = self._step(spec)
-        page = c.geometry.page_bytes
-        chunks = [
-            (key.to_string(), None, [(0, valid_bytes(m))])
-            if is_placed(m)
-            else (key.to_string(), self._region, [(m.meta.address * page, valid_bytes(m))])
-            for key, m in zip(keys, memory_objs, strict=True)
-        ]
-        local = self._local
-        began, vllm, places = (getattr(local, name, None) for name in ("began", "vllm", "places"))
-        if places is not None and places.request == step.name:
+        c, local = self._config, self._local
+        places = local.places
+        if places is not None and places.step.name != str(spec.req_id):
+            places = None
+        step = places.step if places is not None else self._step(spec)
+        if places is not None:
             places.put = True
-            if places.keys != [key for key, _, _ in chunks]:
+            if places.keys != list(keys):
                 # Fewer than were named, because there was no staging page for one: the decoder waits for it in vain.
                 self._outbox.give_up(step.name, self._complete_at())
                 logger.error(
                     "kvxfer: request %s: only %d of %d chunks were stored; the decoder computes it",
                     step.name,
-                    len(chunks),
+                    len(keys),
                     len(places.keys),
                 )
                 return None
-        for memory_obj in memory_objs:
+        if places is not None and places.are(memory_objs):
+            # All of what was named lies where it is to be.
+            chunks, size, tokens, placed = [], places.bytes, places.tokens, len(memory_objs)
+        else:
+            chunks = self._chunks(keys, memory_objs)
+            size = sum(runs[0][1] for _, _, runs in chunks)
+            tokens, placed = sum(m.get_num_tokens() for m in memory_objs), sum(map(is_placed, memory_objs))
+        # Places are the decoder's: nobody's reference keeps them.
+        held = memory_objs if chunks else []
+        for memory_obj in held:
             memory_obj.ref_count_up()
         with self._lock:
             request = self._requests.get(step.name)
             if request is None or step.first:
-                request = self._requests[step.name] = _Request(step.name, vllm)
-            request.chunks += len(chunks)
-            request.placed += sum(is_placed(m) for m in memory_objs)
-            request.size += sum(runs[0][1] for _, _, runs in chunks)
+                request = self._requests[step.name] = _Request(step.name, _Arrival(self), local.vllm)
+            request.chunks += len(memory_objs)
+            request.placed += placed
+            request.size += size
             request.last = step.last
-            request.tokens += sum(m.get_num_tokens() for m in memory_objs)
-            if began is not None:
-                request.offload += time.perf_counter() - began
+            request.tokens += tokens
+            if local.began is not None:
+                request.offload += time.perf_counter() - local.began
         try:
             number = self._outbox.put(
                 step.name,
@@ -242,28 +279,39 @@ class Prefiller:
                 after=self._complete_at(),
             )
         except BaseException:
-            for memory_obj in memory_objs:
+            for memory_obj in held:
                 memory_obj.ref_count_down()
             with self._lock:
                 self._requests.pop(step.name, None)
             raise
         with self._lock:
-            released = number in self._early
+            # Its bytes are all in their places, or its release was quicker than we are.
+            released = not number or number in self._early
             self._early.discard(number)
             if not released:
-                self._batches[number] = (list(memory_objs), list(keys), on_complete)
+                self._batches[number] = (list(held), list(keys), on_complete)
         if released:
-            self._let_go(memory_objs, keys, on_complete)
+            self._let_go(held, keys, on_complete)
         if step.last and (c.pd.wait_for_arrival or isinstance(spec, Spec)):
             self._wait_for(request)
         return [request.future]
 
+    def _chunks(self, keys: Sequence[Any], memory_objs: list[MemoryObj]) -> list[tuple[str, Region | None, list]]:
+        """Chunks of a batch: from their places, or from pages of the staging buffer."""
+        page = self._config.geometry.page_bytes
+        return [
+            (key.to_string(), None, [(0, valid_bytes(m))])
+            if is_placed(m)
+            else (key.to_string(), self._region, [(m.meta.address * page, valid_bytes(m))])
+            for key, m in zip(keys, memory_objs, strict=True)
+        ]
+
     def _complete_at(self) -> Fence | None:
         """When the pages of this step are full: LMCache waits for its copies where pages are host memory, on a GPU they go on."""
-        if self._region.device is None:
+        if self._device is None:
             return None
-        stream = getattr(self._local, "stream", None)
-        return Fence(torch.cuda.current_stream() if stream is None else stream, self._region.device)
+        stream = self._local.stream
+        return Fence(torch.cuda.current_stream() if stream is None else stream, self._device)
 
     def _wait_for(self, request: _Request) -> None:
         try:
@@ -272,23 +320,33 @@ class Prefiller:
             logger.error("kvxfer: the cache of request %s has not arrived: %s", request.name, e)
 
     def work(self, timeout: float) -> None:
-        event = self._outbox.next_event(timeout)
-        while event is not None:
-            if isinstance(event, Released):
-                with self._lock:
-                    batch = self._batches.pop(event.batch, None)
-                    if batch is None:
-                        self._early.add(event.batch)
-                if batch is not None:
-                    self._let_go(*batch)
-            else:
-                self._ended(event)
-            event = self._outbox.next_event(0)
+        for event in self._outbox.events(timeout):
+            self._happened(event)
+        while self._ends:
+            self._tell(*self._ends.popleft())
+
+    def attend(self, arrival: Future) -> None:
+        """Does what cannot wait of the work of the backend's thread, for a moment and until a request has ended."""
+        while not arrival.done() and self._outbox.attend(_MOMENT_S):
+            for event in self._outbox.events(0):
+                self._happened(event)
+
+    def _happened(self, event: Released | Ended) -> None:
+        if isinstance(event, Ended):
+            self._ended(event)
+            return
+        with self._lock:
+            batch = self._batches.pop(event.batch, None)
+            if batch is None:
+                self._early.add(event.batch)
+        if batch is not None:
+            self._let_go(*batch)
 
     def _let_go(self, memory_objs: list[MemoryObj], keys: Sequence[Any], on_complete: Callable | None) -> None:
         for memory_obj in memory_objs:
             memory_obj.ref_count_down()
-        self.allocator.page_freed()
+        if memory_objs:
+            self.allocator.page_freed()
         if on_complete is not None:
             for key in keys:
                 try:
@@ -298,7 +356,17 @@ class Prefiller:
 
     def _ended(self, event: Ended) -> None:
         with self._lock:
-            request = self._requests.pop(event.request, None) or _Request(event.request)
+            request = self._requests.pop(event.request, None) or _Request(event.request, _Arrival(self))
+        if not request.future.done():
+            if event.failure is None:
+                request.future.set_result(request.chunks)
+            else:
+                request.future.set_exception(event.failure)
+        # Who waits for the request goes on; counting and telling is the backend's thread's.
+        self._ends.append((event, request))
+
+    def _tell(self, event: Ended, request: _Request) -> None:
+        """Counts a request that has ended, and says so in the log."""
         self._metrics.ended(event)
         report, failure = event.report, event.failure
         if report is not None:
@@ -322,8 +390,6 @@ class Prefiller:
                 report.present,
                 1e3 * report.queued_seconds,
             )
-            if not request.future.done():
-                request.future.set_result(request.chunks)
             return
         hint = (
             " (PYTHONHASHSEED must be the same number on all instances)" if "hash_seed differs" in str(failure) else ""
@@ -336,8 +402,6 @@ class Prefiller:
             failure,
             hint,
         )
-        if not request.future.done():
-            request.future.set_exception(failure)
 
     def vllm_finished(self, requests: set[str]) -> None:
         """A request whose last step never came was aborted: its pages at the decoder are given back now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any
 
 from kvxfer.channel import Geometry
@@ -140,6 +141,7 @@ def read(config: Any, metadata: Any) -> PdConfig:
     )
 
 
+@lru_cache(maxsize=1024)
 def address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp://{host}:{port}"
 

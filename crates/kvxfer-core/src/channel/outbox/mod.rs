@@ -17,8 +17,11 @@
 //! Memory for batches is the engine's, and it is short: a request that waits for pages at its receiver keeps memory that the next
 //! step of an admitted one may need, while the pages it waits for are that one's. [`Outbox::shed`] breaks such a circle.
 
+mod events;
 mod place;
 
+use self::events::Events;
+pub use self::events::OutboxEvent;
 use self::place::Named;
 use super::place::Place;
 use super::sender::{ChunkSource, Delivery, DeliveryReport, Reservation, Sender, SenderConfig};
@@ -29,7 +32,7 @@ use crossbeam::channel as queue;
 use kvxfer_proto::notify::Notification;
 use kvxfer_proto::wire::ChunkSpec;
 use kvxfer_proto::{ErrorCode, RequestId};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -38,8 +41,6 @@ use std::time::{Duration, Instant};
 
 /// Pause between two attempts to reach a receiver.
 const RETRY: Duration = Duration::from_millis(50);
-/// Events that wait for [`Outbox::next_event`] at most, releases not counted; the oldest are dropped.
-const MAX_ENDS: usize = 16_384;
 
 /// Settings of an outbox.
 #[derive(Clone, Debug)]
@@ -65,31 +66,11 @@ pub struct Batch {
     /// No further batch follows.
     pub last: bool,
     /// The chunks and their bytes, which must stay as they are until the batch is released. `None`: in the place that
-    /// [`Outbox::place`] gave; a source for such a chunk means that the place was not used.
+    /// [`Outbox::place`] gave; a source for such a chunk means that the place was not used. No chunks at all, where places were given:
+    /// all of those, and each has its bytes.
     pub chunks: Vec<(ChunkSpec, Option<ChunkSource>)>,
     /// All of them are complete at this point of a CUDA stream; not read before.
     pub after: Option<Fence>,
-}
-
-/// What happens; see [`Outbox::next_event`].
-#[derive(Debug)]
-pub enum OutboxEvent {
-    /// Nothing reads the batch's bytes any more.
-    Released {
-        /// As [`Outbox::put`] numbered it.
-        batch: u64,
-    },
-    /// A request has ended: every chunk is published at the receiver, or why not.
-    Ended {
-        /// The request.
-        request: RequestId,
-        /// How.
-        result: Result<DeliveryReport>,
-        /// From its first batch to its end.
-        took: Duration,
-        /// From its last batch, which may not have come when it failed, to its end.
-        after_last: Duration,
-    },
 }
 
 /// Sends requests. Dropping it gives up what is under way, places included: nobody may be writing to those then.
@@ -168,33 +149,6 @@ enum Bytes {
     Instead(Place, ChunkSource),
 }
 
-#[derive(Default)]
-struct Events {
-    queue: Mutex<Queued>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Queued {
-    events: VecDeque<OutboxEvent>,
-    ends: usize,
-    /// Batches not released.
-    open: usize,
-    closed: bool,
-}
-
-/// Held by every source of a batch.
-struct Release {
-    batch: u64,
-    events: Arc<Events>,
-}
-
-impl Drop for Release {
-    fn drop(&mut self) {
-        self.events.push(OutboxEvent::Released { batch: self.batch });
-    }
-}
-
 impl Outbox {
     /// An outbox on `agent`. Nothing is connected before the first batch.
     pub fn new(agent: &Agent, config: OutboxConfig) -> Result<Self> {
@@ -211,17 +165,18 @@ impl Outbox {
         })
     }
 
-    /// Takes a batch and returns its number; never waits. What is wrong with the batch itself is the error, and then nothing was
-    /// taken; whatever happens to its request afterwards is an event. Batches of a request that has failed are released at once.
-    pub fn put(&self, batch: Batch) -> Result<u64> {
+    /// Takes a batch and returns its number, which its release will name, or `None` when nothing of it is read: its bytes are all in
+    /// their places. Never waits. What is wrong with the batch itself is the error, and then nothing was taken; whatever happens to its
+    /// request afterwards is an event. Batches of a request that has failed are released at once.
+    pub fn put(&self, batch: Batch) -> Result<Option<u64>> {
         let Batch { request: id, receiver, first, total, last, chunks, after } = batch;
-        if chunks.is_empty() && !last {
+        let named = self.shared.state.lock().named.remove(&id);
+        if chunks.is_empty() && !last && named.is_none() {
             return Err(Error::InvalidArgument {
                 argument: "batch.chunks",
                 problem: format!("a batch of request {id} without chunks that is not its last"),
             });
         }
-        let named = self.shared.state.lock().named.remove(&id);
         let (request, named, mut chunks) = if let Some(named) = named {
             if let Err(e) = named.check(&receiver, &chunks) {
                 self.shared.abort(&named.request, &e);
@@ -233,18 +188,7 @@ impl Outbox {
             let chunks = place::sourced(chunks)?;
             (self.shared.request(&id, &receiver, first, last)?, None, chunks)
         };
-        let number = self.shared.next_batch.fetch_add(1, Ordering::Relaxed);
-        self.shared.events.queue.lock().open += 1;
-        let release = Arc::new(Release { batch: number, events: self.shared.events.clone() });
-        for (_, bytes) in &mut chunks {
-            if let Bytes::At(source) | Bytes::Instead(_, source) = bytes {
-                source.keep = Some(release.clone());
-                if after.is_some() {
-                    source.after.clone_from(&after);
-                }
-            }
-        }
-        drop(release);
+        let number = self.shared.keep_until_released(&mut chunks, after.as_ref());
         {
             let mut end = request.end.lock();
             if last {
@@ -289,21 +233,25 @@ impl Outbox {
         Some(youngest.id.clone())
     }
 
-    /// The next event; `None` when the time is over, or the outbox is closed and nothing is left.
+    /// The next event; `None` when the time is over, or the outbox is closed and nothing is left. Of several threads that wait here the
+    /// one that came last is woken first.
     pub fn next_event(&self, timeout: Duration) -> Option<OutboxEvent> {
-        let deadline = Instant::now() + timeout;
-        let mut queue = self.shared.events.queue.lock();
-        loop {
-            if let Some(event) = queue.events.pop_front() {
-                queue.ends -= usize::from(matches!(event, OutboxEvent::Ended { .. }));
-                return Some(event);
-            }
-            if (queue.closed && queue.open == 0)
-                || self.shared.events.changed.wait_until(&mut queue, deadline).timed_out()
-            {
-                return queue.events.pop_front();
-            }
-        }
+        self.shared.events.next(timeout)
+    }
+
+    /// For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, at most so long,
+    /// which spares the time until other threads have been woken for them. True when there is an event. No other thread is woken for
+    /// those that come meanwhile: take them with [`Outbox::next_event`] until there are none.
+    pub fn attend(&self, at_most: Duration) -> bool {
+        let Some(agent) = self.shared.agent.lock().clone() else { return self.shared.events.len() > 0 };
+        let events = &self.shared.events;
+        events.attended(|| agent.attend(at_most, || events.len() > 0));
+        events.len() > 0
+    }
+
+    /// Events that wait to be taken.
+    pub fn waiting_events(&self) -> usize {
+        self.shared.events.len()
     }
 
     /// Requests under way.
@@ -316,19 +264,10 @@ impl Outbox {
     pub fn close(&self, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         self.shared.close();
-        let mut queue = self.shared.events.queue.lock();
-        let released = |q: &Queued| {
-            q.open <= q.events.iter().filter(|e| matches!(e, OutboxEvent::Released { .. })).count()
-        };
-        while !released(&queue) {
-            if self.shared.events.changed.wait_until(&mut queue, deadline).timed_out() && !released(&queue) {
-                return Err(Error::TimedOut {
-                    operation: format!("closing: {} batches are still being read", queue.open),
-                    after: timeout,
-                });
-            }
-        }
-        drop(queue);
+        self.shared.events.wait_released(deadline).map_err(|open| Error::TimedOut {
+            operation: format!("closing: {open} batches are still being read"),
+            after: timeout,
+        })?;
         if let Some(notifier) = &self.shared.notifier {
             notifier.flush(deadline.saturating_duration_since(Instant::now()));
         }
@@ -378,28 +317,24 @@ impl Route {
     }
 }
 
-impl Events {
-    fn push(&self, event: OutboxEvent) {
-        let mut queue = self.queue.lock();
-        match event {
-            OutboxEvent::Released { .. } => queue.open -= 1,
-            OutboxEvent::Ended { .. } => {
-                queue.ends += 1;
-                if queue.ends > MAX_ENDS
-                    && let Some(oldest) =
-                        queue.events.iter().position(|e| matches!(e, OutboxEvent::Ended { .. }))
-                {
-                    queue.events.remove(oldest);
-                    queue.ends -= 1;
-                }
+impl Shared {
+    /// Numbers a batch whose bytes will be read.
+    fn keep_until_released(&self, chunks: &mut [(ChunkSpec, Bytes)], after: Option<&Fence>) -> Option<u64> {
+        let sources: Vec<_> = chunks.iter_mut().filter_map(|(_, bytes)| bytes.source()).collect();
+        if sources.is_empty() {
+            return None;
+        }
+        let number = self.next_batch.fetch_add(1, Ordering::Relaxed);
+        let release = self.events.open(number);
+        for source in sources {
+            source.keep = Some(release.clone());
+            if after.is_some() {
+                source.after = after.cloned();
             }
         }
-        queue.events.push_back(event);
-        self.changed.notify_all();
+        Some(number)
     }
-}
 
-impl Shared {
     /// The request that a batch belongs to.
     fn request(
         self: &Arc<Self>,
@@ -658,9 +593,7 @@ impl Shared {
         }
         // Their threads end with the routes' last holders.
         drop(routes);
-        let mut queue = self.events.queue.lock();
-        queue.closed = true;
-        self.events.changed.notify_all();
+        self.events.close();
     }
 }
 

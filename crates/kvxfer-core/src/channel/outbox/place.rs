@@ -98,7 +98,7 @@ impl Named {
     pub(super) fn check(&self, receiver: &str, batch: &[(ChunkSpec, Option<ChunkSource>)]) -> Result<()> {
         let same =
             batch.len() == self.chunks.len() && batch.iter().zip(&self.chunks).all(|(b, n)| b.0 == n.0);
-        if !same || self.request.route.address != receiver {
+        if !(same || batch.is_empty()) || self.request.route.address != receiver {
             return Err(Error::InvalidArgument {
                 argument: "batch.chunks",
                 problem: format!(
@@ -108,14 +108,16 @@ impl Named {
                 ),
             });
         }
-        let nowhere = batch.iter().zip(&self.chunks).find(|(b, n)| b.1.is_none() && n.1.is_none());
-        nowhere.map_or(Ok(()), |(b, _)| Err(no_bytes(&b.0)))
+        let sourced = |i: usize| batch.get(i).is_some_and(|b| b.1.is_some());
+        let nowhere = self.chunks.iter().enumerate().find(|(i, n)| n.1.is_none() && !sourced(*i));
+        nowhere.map_or(Ok(()), |(_, n)| Err(no_bytes(&n.0)))
     }
 
     /// The chunks with their bytes, after [`Named::check`].
     pub(super) fn join(self, batch: Vec<(ChunkSpec, Option<ChunkSource>)>) -> Vec<(ChunkSpec, Bytes)> {
-        let places = self.chunks.into_iter().map(|c| c.1);
-        batch.into_iter().zip(places).filter_map(|((spec, s), p)| Some((spec, Bytes::of(s, p)?))).collect()
+        let mut sources = batch.into_iter().map(|b| b.1);
+        let with_bytes = |(spec, place)| Some((spec, Bytes::of(sources.next().flatten(), place)?));
+        self.chunks.into_iter().filter_map(with_bytes).collect()
     }
 
     pub(super) fn give_up(self, after: Option<&Fence>) {
@@ -124,6 +126,14 @@ impl Named {
 }
 
 impl Bytes {
+    /// What is read of it.
+    pub(super) fn source(&mut self) -> Option<&mut ChunkSource> {
+        match self {
+            Self::At(source) | Self::Instead(_, source) => Some(source),
+            Self::Here(_) => None,
+        }
+    }
+
     fn of(source: Option<ChunkSource>, place: Option<Place>) -> Option<Self> {
         match (source, place) {
             (Some(source), None) => Some(Self::At(source)),

@@ -1,7 +1,7 @@
 //! One attachment of a sender to a pool, over one connection: it drives the sender's machine.
 //!
 //! Called by the agent's progress thread (messages, time), by whichever thread ends a transfer, by the hashing thread and by
-//! the user. Threads that end transfers belong to transports and must not deregister memory: what they let go of goes to
+//! the user, who takes messages too while waiting. Threads that end transfers belong to transports and must not deregister memory: what they let go of goes to
 //! `trash`, which the progress thread empties.
 
 mod placing;
@@ -30,6 +30,9 @@ use std::time::{Duration, Instant};
 
 /// Numbers of channels; unique within the process, so within each agent's epoch.
 static NEXT_CHANNEL: AtomicU64 = AtomicU64::new(1);
+
+/// In the past, as every clock sees it.
+const NOW: Time = Time(0);
 
 pub(super) struct Session {
     me: Weak<Self>,
@@ -83,7 +86,8 @@ struct Todo {
     writes: Vec<Write>,
     cancels: Vec<Transfer>,
     ends: Vec<(Arc<Ticket>, Result<DeliveryReport>)>,
-    schedule: bool,
+    /// When the progress thread is to look after this at the latest.
+    look: Option<Time>,
 }
 
 pub(super) fn failed(code: ErrorCode, text: impl Into<String>) -> Failure {
@@ -144,8 +148,14 @@ impl Session {
         Ok(session)
     }
 
+    /// Looks after the receiver's answers on this thread for a moment, until `done`. No lock of the session is held.
+    pub(super) fn attend(&self, done: impl FnMut() -> bool) {
+        self.peer.attend(done);
+    }
+
     fn wait_attached(&self, deadline: Instant) -> Result<()> {
         let started = Instant::now();
+        self.attend(|| self.state.lock().attached.is_some());
         let mut state = self.state.lock();
         loop {
             match &state.attached {
@@ -318,11 +328,23 @@ impl Session {
         deadline: Instant,
         mut f: impl FnMut(&mut Asker) -> Option<T>,
     ) -> Option<T> {
+        // What there is to return, once it is time to.
+        let mut look = |state: &mut State| match &mut state.attached {
+            Some(Ok(a)) => f(&mut a.asker).map(Some),
+            _ => Some(None),
+        };
+        let mut known = None;
+        self.attend(|| {
+            known = look(&mut self.state.lock());
+            known.is_some()
+        });
+        if let Some(known) = known {
+            return known;
+        }
         let mut state = self.state.lock();
         loop {
-            let Some(Ok(a)) = &mut state.attached else { return None };
-            if let Some(known) = f(&mut a.asker) {
-                return Some(known);
+            if let Some(known) = look(&mut state) {
+                return known;
             }
             if Instant::now() >= deadline {
                 return None;
@@ -363,8 +385,27 @@ impl Session {
     }
 
     fn carry_out(&self, mut state: MutexGuard<'_, State>) {
+        let mut todo = self.decide(&mut state);
+        if !state.trash.is_empty() {
+            todo.look = Some(NOW);
+        }
+        drop(state);
+        self.perform(todo);
+    }
+
+    /// The same on a thread that may deregister memory: what is over goes at once, and nobody is woken for it.
+    fn carry_out_and_clear(&self, mut state: MutexGuard<'_, State>) {
+        let todo = self.decide(&mut state);
+        let trash = std::mem::take(&mut state.trash);
+        drop(state);
+        self.perform(todo);
+        drop(trash);
+    }
+
+    /// What the machine wants done.
+    fn decide(&self, state: &mut State) -> Todo {
         let mut todo = Todo::default();
-        let State { attached: Some(Ok(a)), requests, announced, trash } = &mut *state else { return };
+        let State { attached: Some(Ok(a)), requests, announced, trash } = state else { return todo };
         while let Some(output) = a.machine.poll() {
             match output {
                 Output::Send(message) => {
@@ -415,10 +456,9 @@ impl Session {
             }
         }
         let next = a.machine.next_timeout().unwrap_or(Time::NEVER);
-        todo.schedule = next < *announced || !trash.is_empty();
+        todo.look = (next < *announced).then_some(next);
         *announced = next.min(*announced);
-        drop(state);
-        self.perform(todo);
+        todo
     }
 
     fn perform(&self, todo: Todo) {
@@ -431,8 +471,8 @@ impl Session {
         for write in todo.writes {
             self.start(write);
         }
-        if todo.schedule {
-            self.anchor.schedule();
+        if let Some(at) = todo.look {
+            self.anchor.schedule(at);
         }
     }
 
@@ -555,7 +595,7 @@ impl Session {
     /// Has something dropped by the progress thread.
     pub(super) fn throw_away(&self, what: Trash) {
         self.state.lock().trash.push(what);
-        self.anchor.schedule();
+        self.anchor.schedule(NOW);
     }
 
     /// A write is over: `Ok` with what to commit.
@@ -638,8 +678,13 @@ impl Host for Session {
             }
             return true;
         }
-        let mut taken = self.ask(|a| a.message(message)).unwrap_or(false);
-        self.with(|m| taken |= m.message(host::now(), message));
+        let mut state = self.state.lock();
+        let mut taken = false;
+        if let Some(Ok(a)) = &mut state.attached {
+            taken = a.asker.message(message);
+            taken |= a.machine.message(host::now(), message);
+        }
+        self.carry_out_and_clear(state);
         match message {
             Message::Refused { code: ErrorCode::NotFound, .. }
             | Message::Found { code: ErrorCode::NotFound, .. }

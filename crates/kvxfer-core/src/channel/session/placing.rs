@@ -21,14 +21,19 @@ impl Session {
         let (remote, layout, level) = self.pool()?;
         let Some((kind, caps, mapping)) = self.peer.mapping(&remote, device) else { return Ok(None) };
         let Some(spec) = ticket.spec(chunk as usize) else { return Ok(None) };
+        let standing = |state: &State| match &state.attached {
+            Some(Ok(a)) => Some(a.machine.standing(ticket.serial, chunk)),
+            _ => None,
+        };
+        self.attend(|| Instant::now() >= deadline || standing(&self.state.lock()) != Some(Standing::Unknown));
         let mut state = self.state.lock();
         loop {
-            let Some(Ok(a)) = &state.attached else { return Err(ticket.error()) };
-            match a.machine.standing(ticket.serial, chunk) {
-                Standing::HasPage => break,
-                Standing::NoPage => return Ok(None),
-                Standing::Unknown if Instant::now() >= deadline => return Ok(None),
-                Standing::Unknown => self.changed.wait_until(&mut state, deadline),
+            match standing(&state) {
+                None => return Err(ticket.error()),
+                Some(Standing::HasPage) => break,
+                Some(Standing::NoPage) => return Ok(None),
+                Some(Standing::Unknown) if Instant::now() >= deadline => return Ok(None),
+                Some(Standing::Unknown) => self.changed.wait_until(&mut state, deadline),
             };
         }
         let State { attached: Some(Ok(a)), requests, .. } = &mut *state else { return Err(ticket.error()) };
