@@ -75,13 +75,13 @@ impl Awake {
         self.look = None;
     }
 
-    /// Whether to go on without sleeping; `spin`, or longer where a channel expects something any moment.
-    fn goes_on(&mut self, agent: &Inner) -> bool {
+    /// Whether to go on without sleeping: for `spin`, or longer where something comes through a lane and a channel expects it any moment.
+    fn goes_on(&mut self, agent: &Inner, lanes: impl FnOnce() -> bool) -> bool {
         let Some(since) = self.since else { return false };
         let (now, spin) = (Instant::now(), agent.config.spin);
         if now >= *self.look.get_or_insert(since + spin) {
-            let expected =
-                !spin.is_zero() && now < since + EXPECTATION && agent.hosts().iter().any(|h| h.expects());
+            let may = !spin.is_zero() && now < since + EXPECTATION && lanes();
+            let expected = may && agent.hosts().iter().any(|h| h.expects());
             self.look = Some(now + spin);
             if !expected {
                 self.since = None;
@@ -145,7 +145,8 @@ impl Progress {
                 return;
             }
             let next = self.poll_transports(next);
-            let spinning = awake.goes_on(&self.inner);
+            let spinning =
+                awake.goes_on(&self.inner, || self.peers.values().any(|e| e.peer.lane().is_some()));
             if self.listen_to_all(!spinning) {
                 awake.heard();
                 continue;

@@ -17,7 +17,8 @@ from kvxfer.lmcache import cpu, settings
 from kvxfer.lmcache.cpu import CpuConnector
 
 LAYERS, HEADS, BLOCKS = 3, 2, 7
-# vLLM takes amx for bfloat16 only, and for blocks and heads in multiples of 32; its op writes that order on any processor.
+# vLLM takes amx for bfloat16 only, and for blocks and heads in multiples of 32; its op writes that order wherever its build for the
+# processor has it (AVX-512).
 KINDS = [
     *[(dtype, "vec", *sizes) for dtype in cpu._DTYPES for sizes in ((32, 64), (128, 128), (96, 32))],
     *[(dtype, "vec16", *sizes) for dtype in cpu._DTYPES for sizes in ((16, 64), (48, 80), (16, 112))],
@@ -53,7 +54,12 @@ def write_with_vllm(cache, keys, values, slots, isa):
     """What `CPUAttentionBackendImpl.do_kv_cache_update` does."""
     blocks, heads, block_size, _ = cache.shape
     key_cache, value_cache = cache.view(blocks, heads, block_size * 2, -1).chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
+    try:
+        ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
+    except RuntimeError as e:
+        if "Unsupported CPU attention configuration" not in str(e):
+            raise
+        pytest.skip(f"vLLM's build for this processor has no {isa} kernels: {e}")
 
 
 def memory_object(dtype, tokens, head_size):
