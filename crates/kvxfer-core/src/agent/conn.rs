@@ -103,9 +103,14 @@ impl Conn {
         Ok(())
     }
 
+    /// Bytes that have not been written.
+    pub(crate) fn waiting(&self) -> usize {
+        self.state.lock().waiting()
+    }
+
     /// True when a sender should hold back.
     pub(crate) fn is_full(&self) -> bool {
-        self.state.lock().waiting() >= MAX_QUEUED
+        self.waiting() >= MAX_QUEUED
     }
 
     /// Sends what is no message.

@@ -229,6 +229,11 @@ impl PeerInner {
         Ok(())
     }
 
+    /// Bytes that wait for space in the peer's rings.
+    pub(crate) fn waiting(&self) -> usize {
+        self.outbox.read().as_ref().map_or(0, Producer::waiting) + self.conn.waiting()
+    }
+
     /// Moves what waits into the peer's rings; true when nothing waits any more.
     pub(crate) fn flush(&self) -> bool {
         let notifications = self.outbox.read().as_ref().is_none_or(Producer::flush);

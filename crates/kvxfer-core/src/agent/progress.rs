@@ -292,10 +292,13 @@ impl Progress {
             }
         }
         if !self.spilled.is_empty() {
+            let waiting = |spilled: &[Arc<PeerInner>]| spilled.iter().map(|p| p.waiting()).sum::<usize>();
+            let before = waiting(&self.spilled);
             self.spilled.retain(|p| p.is_up() && !p.flush());
-            // The consumer does not tell when it makes room: look again, less and less often.
-            self.spill_nap =
-                (self.spill_nap * 2).clamp(Duration::from_micros(200), Duration::from_millis(20));
+            // The consumer does not tell when it makes room: look again, less and less often while it makes none.
+            let moves = waiting(&self.spilled) < before;
+            let nap = if moves { Duration::ZERO } else { self.spill_nap * 2 };
+            self.spill_nap = nap.clamp(Duration::from_micros(200), Duration::from_millis(20));
             if !self.spilled.is_empty() {
                 at(Some(now + self.spill_nap));
             }
@@ -361,13 +364,13 @@ impl Progress {
             tracing::warn!(peer = %peer.info.name, error = %e, "mailbox not watched");
         }
         self.inner.metrics.peer_up(&peer.info.name);
-        let watched = peer.conn.watch();
+        let mut watched = peer.conn.watch();
         self.sources.insert(peer.conn.token, Source::Peer(id));
         if let Some(lane) = peer.lane() {
             let token = self.inner.reactor.token();
-            if self.inner.reactor.watch(&lane.ring.event, token, EventFlags::IN).is_ok() {
-                self.sources.insert(token, Source::PeerLane(id));
-            }
+            watched =
+                watched.and_then(|()| self.inner.reactor.watch(&lane.ring.event, token, EventFlags::IN));
+            self.sources.insert(token, Source::PeerLane(id));
         }
         if let Some(side) = peer.side() {
             let token = self.inner.reactor.token();
