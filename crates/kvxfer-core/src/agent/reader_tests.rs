@@ -4,6 +4,7 @@ use super::super::host::Host;
 use super::super::{Agent, Peer};
 use super::attend;
 use crate::TransportKind;
+use crate::config::AgentConfig;
 use kvxfer_proto::wire::Message;
 use kvxfer_proto::{ErrorCode, Time};
 use parking_lot::Mutex;
@@ -55,7 +56,10 @@ impl Host for Listener {
 }
 
 fn agent(name: &str) -> Agent {
+    // No ping wakes anybody by the way.
+    let config = AgentConfig { peer_timeout: Duration::from_secs(600), ..AgentConfig::default() };
     Agent::builder()
+        .config(config)
         .name(format!("{name}-{}", std::process::id()))
         .allow([TransportKind::Shm])
         .listen("tcp://127.0.0.1:0")
