@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class Prefiller:
         # vLLM's name of a request to the proxy's.
         self._names: dict[str, str] = {}
         # Requests that have ended and are still to be counted and told of.
-        self._ends: deque[tuple[Ended, _Request]] = deque()
+        self._ends: list[tuple[Ended, _Request]] = []
         self._steps = itertools.count(1)
         self._in_place = c.pd.in_place
         self._closed = False
@@ -322,8 +321,10 @@ class Prefiller:
     def work(self, timeout: float) -> None:
         for event in self._outbox.events(timeout):
             self._happened(event)
-        while self._ends:
-            self._tell(*self._ends.popleft())
+        with self._lock:
+            ends, self._ends = self._ends, []
+        for event, request in ends:
+            self._tell(event, request)
 
     def attend(self, arrival: Future) -> None:
         """Does what cannot wait of the work of the backend's thread, for a moment and until a request has ended."""
@@ -363,7 +364,8 @@ class Prefiller:
             else:
                 request.future.set_exception(event.failure)
         # Who waits for the request goes on; counting and telling is the backend's thread's.
-        self._ends.append((event, request))
+        with self._lock:
+            self._ends.append((event, request))
 
     def _tell(self, event: Ended, request: _Request) -> None:
         """Counts a request that has ended, and says so in the log."""
