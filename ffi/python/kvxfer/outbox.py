@@ -99,9 +99,9 @@ class Outbox:
         after: Fence | None = None,
     ) -> int:
         """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
-        change until `Released` names it. 0: nothing of it is read, and no `Released` follows. `total` in the first batch is how many chunks the whole request will have. `after` is a point in
-        a CUDA stream before which the bytes are not complete. A region of None: the chunk is in the place that `place` gave, and its
-        runs are [(0, length)]. No chunks at all, where `place` gave places: all of those."""
+        change until `Released` names it. 0: nothing of it is read, and no `Released` follows. `total` in the first batch is how many
+        chunks the whole request will have. `after` is a point in a CUDA stream before which the bytes are not complete. A region of None:
+        the chunk is in the place that `place` gave, and its runs are [(0, length)]. No chunks at all, where `place` gave places: all of those."""
         batch, kept = _batch(request, receiver, chunks, total, first, last)
         batch.after = fence_of(after)
         number = ffi.new("uint64_t *")

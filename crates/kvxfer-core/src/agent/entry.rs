@@ -107,7 +107,7 @@ impl Progress {
             self.inner.inbox.close(mailbox);
         }
         let handle = Peer::from_inner(&self.inner, &peer);
-        self.hosts().iter().for_each(|h| h.peer_gone(&handle, code));
+        self.inner.hosts().iter().for_each(|h| h.peer_gone(&handle, code));
         self.drain(id);
     }
 
@@ -136,7 +136,7 @@ impl Progress {
         self.inner.reactor.purge_deadlines();
         tracing::debug!(peer = %peer.info.name, epoch = %peer.info.epoch, "peer fenced");
         let handle = Peer::from_inner(&self.inner, &peer);
-        self.hosts().iter().for_each(|h| h.peer_fenced(&handle));
+        self.inner.hosts().iter().for_each(|h| h.peer_fenced(&handle));
         true
     }
 }

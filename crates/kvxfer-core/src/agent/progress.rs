@@ -315,7 +315,7 @@ impl Progress {
         if wanted || self.next_tick.is_some_and(|t| t <= now) {
             let time = host::to_time(now);
             self.next_tick = None;
-            for host in self.hosts() {
+            for host in self.inner.hosts() {
                 let again = host.tick(time).map(host::to_instant);
                 self.next_tick = [self.next_tick, again].into_iter().flatten().min();
             }
@@ -324,11 +324,6 @@ impl Progress {
             }
         }
         self.next_tick
-    }
-
-    /// The channels, taken out from under the lock.
-    pub(super) fn hosts(&self) -> Vec<Arc<dyn host::Host>> {
-        self.inner.hosts()
     }
 
     /// Polls the libraries that have no thread; gives when to do so again.
@@ -511,7 +506,7 @@ impl Progress {
     fn begin_shutdown(&mut self) {
         self.inner.closed.store(true, Ordering::Release);
         self.inner.inbox.shut();
-        self.hosts().iter().for_each(|h| h.closed());
+        self.inner.hosts().iter().for_each(|h| h.closed());
         self.inner.hosts.write().clear();
         self.unwatch_listeners();
         let tokens: Vec<u64> = self.incoming.keys().copied().collect();
