@@ -38,6 +38,8 @@ struct Shared {
     port: u16,
     state: Mutex<State>,
     changed: Condvar,
+    /// For the pause after a failed attempt: what is queued meanwhile wakes nobody.
+    closing: Condvar,
 }
 
 #[derive(Default)]
@@ -57,7 +59,13 @@ impl Notifier {
             Address::Tcp(host, port) => (host, port),
             _ => return Err(wrong(format!("{endpoint}: the proxy listens on tcp://host:port"))),
         };
-        let shared = Arc::new(Shared { host, port, state: Mutex::default(), changed: Condvar::new() });
+        let shared = Arc::new(Shared {
+            host,
+            port,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            closing: Condvar::new(),
+        });
         let for_thread = shared.clone();
         let thread = crate::threads::spawn("kvxfer-notify", move || for_thread.run()).map_err(|e| {
             Error::system("starting a thread for notifications", e, "raise the limit on threads")
@@ -94,6 +102,7 @@ impl Drop for Notifier {
     fn drop(&mut self) {
         self.shared.state.lock().closed = true;
         self.shared.changed.notify_all();
+        self.shared.closing.notify_all();
         if let Some(thread) = self.thread.take() {
             // It is at most one step from looking at `closed`.
             let _ = thread.join();
@@ -156,7 +165,7 @@ impl Shared {
         let until = Instant::now() + pause;
         let mut state = self.state.lock();
         while !state.closed {
-            if self.changed.wait_until(&mut state, until).timed_out() {
+            if self.closing.wait_until(&mut state, until).timed_out() {
                 break;
             }
         }
