@@ -70,6 +70,8 @@ fn messages(c: &mut Criterion) {
         deadline_ms: 60_000,
         integrity: Integrity::Bound,
         more: 0,
+        places: Vec::new(),
+        advance: 0,
     };
     let encoded = frame::encode(&reserve).expect("encodes");
     let mut group = c.benchmark_group("reserve of 32 chunks");

@@ -404,6 +404,10 @@ typedef struct kvxfer_pool_stats_t {
   uint32_t queued;
   // Requests admitted and not ended.
   uint32_t active;
+  // In the hands of senders, for requests to come; they return them when others wait.
+  uint32_t advanced;
+  // Pages a new request could have: free ones, and published ones whose consumers have come and gone.
+  uint32_t available;
 } kvxfer_pool_stats_t;
 
 // Settings of a sender. Zero or NULL in a field means its default, where there is one.
@@ -537,8 +541,7 @@ typedef struct kvxfer_batch_t {
   const char *receiver;
   // The chunks; a NULL region: in the place that `kvxfer_outbox_place` gave, and one run `{0, length}`.
   const struct kvxfer_chunk_source_t *chunks;
-  // Number of chunks; 0 is possible in the last batch, and where `kvxfer_outbox_place` gave places: all of those, and each has its
-  // bytes.
+  // Number of chunks; 0 is possible in the last batch.
   size_t count;
   // Chunks of the whole request, in the first batch: pages for all of them are asked for at once. 0: only these.
   uint32_t total;
@@ -1350,6 +1353,14 @@ kvxfer_result_t kvxfer_outbox_place(struct kvxfer_outbox_t *outbox,
                                     uint64_t patience_ms,
                                     struct kvxfer_place_t *places);
 
+// Puts the batch for which `kvxfer_outbox_place` has given places, each of its chunks one, and which is as it was named: all of its
+// bytes are there, or will be when a CUDA stream has passed `after`; NULL: they are. Never waits; no release follows.
+// `KVXFER_NOT_FOUND` when the request has no places; `KVXFER_INVALID_ARGUMENT` when one of its chunks has none, and then
+// the request is given up.
+kvxfer_result_t kvxfer_outbox_put_placed(struct kvxfer_outbox_t *outbox,
+                                         const char *request,
+                                         const struct kvxfer_fence_t *after);
+
 // Gives up the places of a batch that is not put after all, and its request: once a CUDA stream that may still write there has passed
 // `after`; NULL: nobody does. `KVXFER_NOT_FOUND` when the request has none.
 kvxfer_result_t kvxfer_outbox_give_up(struct kvxfer_outbox_t *outbox,
@@ -1370,12 +1381,12 @@ kvxfer_result_t kvxfer_outbox_next_event(struct kvxfer_outbox_t *outbox,
                                          uint64_t timeout_ms,
                                          struct kvxfer_outbox_event_t *event_out);
 
-// For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, for at most
-// `max_us` microseconds, which spares the time until other threads have been woken for them. `KVXFER_OK` when there is an
-// event, `KVXFER_TIMED_OUT` when there is none yet. No other thread is woken for those that come meanwhile: take them with
-// `kvxfer_outbox_next_event` until there are none.
+// The next event for a thread that has nothing to do but wait for it: it looks after the receivers' answers itself, for at most
+// `max_us` microseconds, which spares the time until other threads have been woken for them. `KVXFER_TIMED_OUT` when there is
+// none yet. No other thread is woken for events that come meanwhile: take them with `kvxfer_outbox_next_event` until there are none.
 kvxfer_result_t kvxfer_outbox_attend(struct kvxfer_outbox_t *outbox,
-                                     uint64_t max_us);
+                                     uint64_t max_us,
+                                     struct kvxfer_outbox_event_t *event_out);
 
 // Gives everything up and waits until no batch's bytes are read any more and the proxy has been told, at most
 // `timeout_ms`. Events that are left can still be taken.

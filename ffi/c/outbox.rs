@@ -55,8 +55,7 @@ pub struct kvxfer_batch_t {
     pub receiver: *const c_char,
     /// The chunks; a NULL region: in the place that `kvxfer_outbox_place` gave, and one run `{0, length}`.
     pub chunks: *const kvxfer_chunk_source_t,
-    /// Number of chunks; 0 is possible in the last batch, and where `kvxfer_outbox_place` gave places: all of those, and each has its
-    /// bytes.
+    /// Number of chunks; 0 is possible in the last batch.
     pub count: usize,
     /// Chunks of the whole request, in the first batch: pages for all of them are asked for at once. 0: only these.
     pub total: u32,
@@ -248,6 +247,25 @@ pub unsafe extern "C" fn kvxfer_outbox_place(
     })
 }
 
+/// Puts the batch for which `kvxfer_outbox_place` has given places, each of its chunks one, and which is as it was named: all of its
+/// bytes are there, or will be when a CUDA stream has passed `after`; NULL: they are. Never waits; no release follows.
+/// `KVXFER_NOT_FOUND` when the request has no places; `KVXFER_INVALID_ARGUMENT` when one of its chunks has none, and then
+/// the request is given up.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn kvxfer_outbox_put_placed(
+    outbox: *mut kvxfer_outbox_t,
+    request: *const c_char,
+    after: *const kvxfer_fence_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_put_placed", || unsafe {
+        let object = self::outbox(outbox)?;
+        let request = RequestId::new(text("request", request)?)?;
+        object.outbox.put_placed(&request, fence("after", after)?)?;
+        Ok(KVXFER_OK)
+    })
+}
+
 /// Gives up the places of a batch that is not put after all, and its request: once a CUDA stream that may still write there has passed
 /// `after`; NULL: nobody does. `KVXFER_NOT_FOUND` when the request has none.
 #[unsafe(no_mangle)]
@@ -317,29 +335,42 @@ pub unsafe extern "C" fn kvxfer_outbox_next_event(
         let object = self::outbox(outbox)?;
         let out = OutStruct::new("event_out", event_out)?;
         let after = timeout("timeout_ms", timeout_ms)?;
-        let Some(event) = object.outbox.next_event(after) else {
-            return Err(Error::TimedOut { operation: "an event of the outbox".into(), after });
-        };
-        let mut event = event_of(&event);
-        event.more = u32::try_from(object.outbox.waiting_events()).unwrap_or(u32::MAX);
-        out.set(&event);
-        Ok(KVXFER_OK)
+        tell(&object, object.outbox.next_event(after), after, out)
     })
 }
 
-/// For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, for at most
-/// `max_us` microseconds, which spares the time until other threads have been woken for them. `KVXFER_OK` when there is an
-/// event, `KVXFER_TIMED_OUT` when there is none yet. No other thread is woken for those that come meanwhile: take them with
-/// `kvxfer_outbox_next_event` until there are none.
+/// The next event for a thread that has nothing to do but wait for it: it looks after the receivers' answers itself, for at most
+/// `max_us` microseconds, which spares the time until other threads have been woken for them. `KVXFER_TIMED_OUT` when there is
+/// none yet. No other thread is woken for events that come meanwhile: take them with `kvxfer_outbox_next_event` until there are none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn kvxfer_outbox_attend(outbox: *mut kvxfer_outbox_t, max_us: u64) -> kvxfer_result_t {
-    guard("kvxfer_outbox_attend", || {
+pub unsafe extern "C" fn kvxfer_outbox_attend(
+    outbox: *mut kvxfer_outbox_t,
+    max_us: u64,
+    event_out: *mut kvxfer_outbox_event_t,
+) -> kvxfer_result_t {
+    // SAFETY: pointer arguments are as the header asks.
+    guard("kvxfer_outbox_attend", || unsafe {
+        let object = self::outbox(outbox)?;
+        let out = OutStruct::new("event_out", event_out)?;
         let after = timeout("max_us / 1000", max_us / 1000).map(|_| Duration::from_micros(max_us))?;
-        if self::outbox(outbox)?.outbox.attend(after) {
-            return Ok(KVXFER_OK);
-        }
-        Err(Error::TimedOut { operation: "an event of the outbox".into(), after })
+        tell(&object, object.outbox.attend(after), after, out)
     })
+}
+
+/// An event into the caller's struct.
+fn tell(
+    object: &OutboxObject,
+    event: Option<OutboxEvent>,
+    after: Duration,
+    out: OutStruct<kvxfer_outbox_event_t>,
+) -> Result<kvxfer_result_t> {
+    let Some(event) = event else {
+        return Err(Error::TimedOut { operation: "an event of the outbox".into(), after });
+    };
+    let mut event = event_of(&event);
+    event.more = u32::try_from(object.outbox.waiting_events()).unwrap_or(u32::MAX);
+    out.set(&event);
+    Ok(KVXFER_OK)
 }
 
 fn event_of(event: &OutboxEvent) -> kvxfer_outbox_event_t {

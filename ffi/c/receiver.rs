@@ -136,6 +136,10 @@ pub struct kvxfer_pool_stats_t {
     pub queued: u32,
     /// Requests admitted and not ended.
     pub active: u32,
+    /// In the hands of senders, for requests to come; they return them when others wait.
+    pub advanced: u32,
+    /// Pages a new request could have: free ones, and published ones whose consumers have come and gone.
+    pub available: u32,
 }
 versioned! {
     kvxfer_geometry_t, 72;
@@ -407,6 +411,8 @@ pub unsafe extern "C" fn kvxfer_receiver_stats(
             quarantined: s.quarantined,
             queued: s.queued,
             active: s.active,
+            advanced: s.advanced,
+            available: s.available,
         });
         Ok(KVXFER_OK)
     })

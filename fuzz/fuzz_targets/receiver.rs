@@ -19,6 +19,7 @@ fuzz_target!(|bytes: &[u8]| {
         admission_timeout: Duration::from_millis(100),
         max_queue: 4,
         retention: Duration::from_millis(100),
+        advance: 4,
     });
     let peer = PeerId { name: AgentName::new("them").expect("valid"), epoch: Epoch(1), connection: 1 };
     let attach = Message::Attach { channel: 1, pool: "kv".into(), geometry: Geometry::default() };

@@ -77,7 +77,7 @@ impl ReceiverRole {
                 let s = self.receiver.stats();
                 Ok(json!({
                     "pages": s.pages, "free": s.free, "writing": s.writing, "published": s.published,
-                    "pinned": s.pinned, "quarantined": s.quarantined, "queued": s.queued, "active": s.active,
+                    "pinned": s.pinned, "quarantined": s.quarantined, "advanced": s.advanced, "queued": s.queued, "active": s.active,
                 }))
             }
             // Every byte of the pool, as one number.

@@ -5,7 +5,7 @@ use super::header::{Function, Header};
 use std::fmt::Write as _;
 
 /// Parameters that may be NULL, as their functions' documentation says.
-const NULLABLE: [(&str, &str); 22] = [
+const NULLABLE: [(&str, &str); 23] = [
     ("kvxfer_agent_new", "config"),
     ("kvxfer_peer_write", "options"),
     ("kvxfer_peer_read", "options"),
@@ -21,6 +21,7 @@ const NULLABLE: [(&str, &str); 22] = [
     ("kvxfer_agent_wait_notification", "peer_out"),
     ("kvxfer_reservation_write_after", "after"),
     ("kvxfer_outbox_give_up", "after"),
+    ("kvxfer_outbox_put_placed", "after"),
     ("kvxfer_gather_start", "after"),
     ("kvxfer_gather_wait", "bytes_out"),
     ("kvxfer_gather_wait", "digest_out"),

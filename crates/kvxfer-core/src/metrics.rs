@@ -236,10 +236,11 @@ impl PoolGauges {
     }
 
     #[expect(clippy::unused_self, reason = "keeps the list beside the labels it is used with")]
-    fn states(&self, s: &PoolStats) -> [(&'static str, u32); 5] {
+    fn states(&self, s: &PoolStats) -> [(&'static str, u32); 6] {
         [
             ("free", s.free),
             ("writing", s.writing),
+            ("advanced", s.advanced),
             ("published", s.published),
             ("pinned", s.pinned),
             ("quarantined", s.quarantined),

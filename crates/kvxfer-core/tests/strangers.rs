@@ -185,6 +185,8 @@ fn hostile_connections_are_closed_and_others_are_served() {
             deadline_ms: 1,
             integrity: kvxfer_core::Integrity::Off,
             more: 0,
+            places: vec![],
+            advance: 0,
         }),
         // A hello and then an answer that proves nothing.
         [frame(&Message::Hello(hello("liar"))), encode(&Message::Auth { mac: vec![1; 32] }).unwrap()]

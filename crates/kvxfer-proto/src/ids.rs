@@ -102,3 +102,12 @@ number_id!(
     /// How often a page has been handed out; a write or commit naming an older one is refused.
     Generation(u64)
 );
+
+/// A page and the generation it was handed out with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Hold {
+    /// Which page.
+    pub page: PageIndex,
+    /// Its generation.
+    pub generation: Generation,
+}

@@ -28,6 +28,6 @@ pub mod zmtp;
 
 pub use code::ErrorCode;
 pub use geometry::Geometry;
-pub use ids::{AgentName, ChunkKey, Epoch, Generation, PageIndex, RegionId, RequestId, TransferId};
+pub use ids::{AgentName, ChunkKey, Epoch, Generation, Hold, PageIndex, RegionId, RequestId, TransferId};
 pub use integrity::Integrity;
 pub use time::Time;

@@ -23,7 +23,12 @@
 //! write is decided. If the write fails the page is there, without waiting for anybody: so no request that holds pages ever
 //! waits for pages (Contract lines 4 and 6). For the same reason a request that cannot name all its chunks yet is given pages
 //! for those as well, and places each chunk on one of them once it is named.
+//!
+//! *Advance.* A sender may have pages before it names chunks for them; see `advance`.
 
+mod advance;
+
+pub use crate::Hold;
 use crate::wire::{Check, ChunkSpec};
 use crate::{ChunkKey, Generation, PageIndex, RequestId, Time};
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -35,15 +40,6 @@ pub const LEFTOVER: Duration = Duration::from_secs(5);
 /// A reservation at this receiver; numbered by the receiver machine, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Owner(pub u64);
-
-/// A page and the generation it was handed out with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Hold {
-    /// Which page.
-    pub page: PageIndex,
-    /// Its generation.
-    pub generation: Generation,
-}
 
 /// What admission gave one chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +59,15 @@ pub struct Admitted {
     pub placements: Vec<Placement>,
     /// Pages for the chunks not named yet.
     pub spares: Vec<Hold>,
+}
+
+/// Where admission takes a request's pages from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// What is free or cached: for its chunks, and this many for chunks that it has not named yet.
+    Room(u32),
+    /// What its sender has in advance: the channel's pages, one for each chunk.
+    Advance(Owner, &'a [Hold]),
 }
 
 /// What is known of a key.
@@ -92,6 +97,8 @@ pub enum Use {
     Free,
     /// To be written, or spare.
     Held,
+    /// In a sender's hands, for a request to come.
+    Advanced,
     /// A published chunk.
     Published,
     /// Nothing, until no write can land any more.
@@ -117,6 +124,8 @@ pub struct Counts {
     pub free: u32,
     /// Granted and being written, or held spare for a pending chunk.
     pub writing: u32,
+    /// In the hands of senders, for requests to come.
+    pub advanced: u32,
     /// Published (also those removed but still pinned).
     pub published: u32,
     /// Published and pinned.
@@ -133,6 +142,7 @@ struct Page {
 enum State {
     Free,
     Held(Owner),
+    Advanced(Owner),
     Published(Published),
     Quarantined(Owner),
 }
@@ -224,6 +234,7 @@ impl Pool {
         let usage = match p.state {
             State::Free => Use::Free,
             State::Held(_) => Use::Held,
+            State::Advanced(_) => Use::Advanced,
             State::Published(_) => Use::Published,
             State::Quarantined(_) => Use::Quarantined,
         };
@@ -237,14 +248,16 @@ impl Pool {
         chunks.iter().filter(|c| !matches!(self.index.get(&c.key), Some(Entry::Published(_)))).count() as u32
     }
 
-    /// Gives `owner` everything it needs for `chunks` (keys distinct) and `more` it has not named yet, or nothing: `None` when
-    /// there is not enough room now.
+    /// Gives `owner` everything it needs for `chunks` (keys distinct), or nothing: `None` when there is not enough room now. With pages of an
+    /// advance (distinct, each the channel's: [`Pool::is_advanced`]) there always is; those of chunks that are here already stay the
+    /// channel's.
     pub fn admit(
         &mut self,
         owner: Owner,
         chunks: &[ChunkSpec],
-        more: u32,
+        source: Source<'_>,
     ) -> Result<Option<Admitted>, LengthConflict> {
+        let more = if let Source::Room(more) = source { more } else { 0 };
         let (mut need, mut cached_own) = (more, 0);
         for c in chunks {
             let ours = match self.index.get(&c.key) {
@@ -266,6 +279,12 @@ impl Pool {
                 return Err(LengthConflict { key: c.key.clone(), ours, theirs: c.len });
             }
         }
+        if let Source::Advance(channel, pages) = source {
+            if pages.len() != chunks.len() || !pages.iter().all(|h| self.is_advanced(channel, *h)) {
+                return Ok(None);
+            }
+            need = 0;
+        }
         if need > self.available() - cached_own {
             return Ok(None);
         }
@@ -277,13 +296,14 @@ impl Pool {
                 _ => None,
             })
             .collect();
-        while self.counts.free < need {
-            let Some(&(_, page)) = self.cached.first() else { break };
-            self.drop_chunk(page);
-        }
+        self.make_room(need);
         for (i, c) in chunks.iter().enumerate() {
             if placements[i].is_none() {
-                let Some(hold) = self.take(owner) else { break };
+                let taken = match source {
+                    Source::Room(_) => self.take(owner),
+                    Source::Advance(channel, pages) => self.adopt(channel, owner, pages[i]),
+                };
+                let Some(hold) = taken else { break };
                 placements[i] =
                     Some(if let Some(Entry::Writing { waiters, .. }) = self.index.get_mut(&c.key) {
                         waiters.push_back((owner, i as u32));
@@ -554,9 +574,11 @@ impl Pool {
     }
 
     fn is_held(&self, owner: Owner, hold: Hold) -> bool {
-        self.pages.get(hold.page.0 as usize).is_some_and(|p| {
-            p.generation == hold.generation && matches!(p.state, State::Held(o) if o == owner)
-        })
+        self.is(hold, |s| matches!(s, State::Held(o) if *o == owner))
+    }
+
+    fn is(&self, hold: Hold, f: impl FnOnce(&State) -> bool) -> bool {
+        self.pages.get(hold.page.0 as usize).is_some_and(|p| p.generation == hold.generation && f(&p.state))
     }
 
     /// One more request under way counts on this published chunk.
@@ -569,6 +591,14 @@ impl Pool {
             p.last_use = uses;
         });
         hold
+    }
+
+    /// Throws out cached chunks until as many pages are free, as far as there are any.
+    fn make_room(&mut self, pages: u32) {
+        while self.counts.free < pages {
+            let Some(&(_, page)) = self.cached.first() else { break };
+            self.drop_chunk(page);
+        }
     }
 
     fn take(&mut self, owner: Owner) -> Option<Hold> {
@@ -690,6 +720,7 @@ impl Counts {
         match state {
             State::Free => &mut self.free,
             State::Held(_) => &mut self.writing,
+            State::Advanced(_) => &mut self.advanced,
             State::Published(_) => &mut self.published,
             State::Quarantined(_) => &mut self.quarantined,
         }

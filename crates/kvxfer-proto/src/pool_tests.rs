@@ -15,7 +15,7 @@ fn specs(keys: impl IntoIterator<Item = u32>) -> Vec<ChunkSpec> {
 }
 
 fn admit(pool: &mut Pool, owner: u64, keys: impl IntoIterator<Item = u32>) -> Option<Vec<Placement>> {
-    let admitted = pool.admit(Owner(owner), &specs(keys), 0).expect("no conflict");
+    let admitted = pool.admit(Owner(owner), &specs(keys), Source::Room(0)).expect("no conflict");
     pool.check().expect("consistent");
     admitted.map(|a| a.placements)
 }
@@ -183,10 +183,13 @@ fn the_same_key_with_another_length_is_refused() {
     let mut p = pool(4);
     publish(&mut p, 1, 1, Time(0));
     let other = vec![ChunkSpec { key: key(1), len: 99 }];
-    assert_eq!(p.admit(Owner(2), &other, 0), Err(LengthConflict { key: key(1), ours: 100, theirs: 99 }));
+    assert_eq!(
+        p.admit(Owner(2), &other, Source::Room(0)),
+        Err(LengthConflict { key: key(1), ours: 100, theirs: 99 })
+    );
     admit(&mut p, 3, [2]);
     let other = vec![ChunkSpec { key: key(2), len: 99 }];
-    assert!(p.admit(Owner(2), &other, 0).is_err());
+    assert!(p.admit(Owner(2), &other, Source::Room(0)).is_err());
     p.check().expect("consistent");
 }
 

@@ -13,6 +13,7 @@
 //! A peer may also ask for chunks and read them back from their pages; see `loans`.
 //! Whatever a peer says is either a step that fits the state, a repetition that is answered again, or ignored.
 
+mod advance;
 mod extend;
 mod loans;
 mod requests;
@@ -21,9 +22,10 @@ use crate::admission::{Attempt, Queue};
 use crate::integrity::{Binding, Integrity};
 use crate::layout::Layout;
 use crate::plan::check_chunks;
-use crate::pool::{Hold, Known, Owner, Placement, Pool};
+use crate::pool::{Hold, Known, Owner, Placement, Pool, Source};
 use crate::wire::{Check, ChunkSpec, MAX_TEXT, Message, Slot};
 use crate::{AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, RequestId, Time};
+use advance::Advances;
 use loans::Loans;
 use requests::{ChunkState, Phase, Request};
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -62,6 +64,8 @@ pub struct Settings {
     pub max_queue: usize,
     /// See [`Pool`].
     pub retention: Duration,
+    /// Most pages that senders have in advance of their requests; 0 gives none.
+    pub advance: u32,
 }
 
 /// A check to make: read the page's first `binding.len` bytes and compare.
@@ -161,6 +165,7 @@ pub struct Receiver {
     requests: HashMap<Owner, Request>,
     timers: BTreeSet<(Time, Owner)>,
     loans: Loans,
+    advances: Advances,
     next_owner: u64,
     active: u32,
     outputs: VecDeque<Output>,
@@ -178,6 +183,7 @@ impl Receiver {
             requests: HashMap::new(),
             timers: BTreeSet::new(),
             loans: Loans::default(),
+            advances: Advances::new(),
             next_owner: 1,
             active: 0,
             outputs: VecDeque::new(),
@@ -200,12 +206,35 @@ impl Receiver {
                 }
                 ours
             }
-            Message::Reserve { channel, serial, request, chunks, deadline_ms, integrity, more } => {
+            Message::Reserve {
+                channel,
+                serial,
+                request,
+                chunks,
+                deadline_ms,
+                integrity,
+                more,
+                places,
+                advance,
+            } => {
                 let known = self.channel(peer, *channel).is_some_and(|c| !c.closing);
                 if known {
                     let deadline = now + Duration::from_millis(*deadline_ms);
-                    let chunks = (chunks.as_slice(), *more);
-                    self.reserve(now, peer, (*channel, *serial), request, chunks, deadline, *integrity);
+                    let wanted = (chunks.as_slice(), *more, places.as_slice());
+                    let (id, new) = ((*channel, *serial), self.is_new(peer, *channel, *serial));
+                    self.reserve(now, peer, id, request, wanted, deadline, *integrity);
+                    if new {
+                        self.advance(peer, *channel, *advance);
+                    }
+                }
+                known
+            }
+            Message::Return { channel, pages } => {
+                let known = self.channel(peer, *channel).is_some();
+                if known {
+                    self.returned(peer, *channel, pages);
+                    self.drop_closed_channel(peer, *channel);
+                    self.run_queue(now);
                 }
                 known
             }
@@ -290,6 +319,7 @@ impl Receiver {
         for owner in self.owners(|r| r.peer == *peer && r.phase != Phase::Ended) {
             self.end(now, owner, code, &text, true);
         }
+        self.quarantine_advances(|p, _| p == peer);
         self.run_queue(now);
     }
 
@@ -299,6 +329,7 @@ impl Receiver {
         for owner in self.owners(|r| r.peer == *peer) {
             self.quiet(owner);
         }
+        self.end_advances(peer);
         self.run_queue(now);
     }
 
@@ -368,6 +399,7 @@ impl Receiver {
         for owner in self.owners(|r| r.phase != Phase::Ended) {
             self.end(now, owner, code, text, false);
         }
+        self.quarantine_advances(|_, _| true);
         for (peer, channels) in &self.channels {
             for channel in channels.keys() {
                 let detach = Message::Detach { channel: *channel, code, text: text.to_owned() };
@@ -434,10 +466,12 @@ impl Receiver {
         peer: &PeerId,
         (channel, serial): (u64, u64),
         request: &RequestId,
-        (chunks, more): (&[ChunkSpec], u32),
+        (chunks, more, places): (&[ChunkSpec], u32, &[Hold]),
         deadline: Time,
         integrity: Integrity,
     ) {
+        let in_place = !places.is_empty();
+        let places = self.places(peer, channel, places);
         let Some(c) = self.channel(peer, channel) else { return };
         if let Some(&owner) = c.live.get(&serial) {
             self.grant(owner);
@@ -461,7 +495,14 @@ impl Receiver {
             Some((ErrorCode::TooLarge, text))
         } else if self.requests.values().any(|r| r.is(peer, request)) {
             Some((ErrorCode::Busy, format!("request {request} of {} is under way already", peer.name)))
-        } else if self.queue.len() >= self.settings.max_queue {
+        } else if let Err(wrong) = &places {
+            Some(wrong.clone())
+        } else if in_place && (places.as_ref().is_ok_and(|p| p.1.len() != chunks.len()) || more > 0) {
+            let text = format!(
+                "request {request}: pages in advance are named for all of a request's chunks or for none"
+            );
+            Some((ErrorCode::Protocol, text))
+        } else if !in_place && self.queue.len() >= self.settings.max_queue {
             Some((ErrorCode::NoCapacity, format!("{} requests wait for pages already", self.queue.len())))
         } else {
             None
@@ -477,8 +518,7 @@ impl Receiver {
             }
             return;
         }
-        let owner = Owner(self.next_owner);
-        self.next_owner += 1;
+        let owner = self.new_owner();
         if let Some(c) = self.channel(peer, channel) {
             c.live.insert(serial, owner);
         }
@@ -489,12 +529,38 @@ impl Receiver {
         self.requests.insert(owner, r);
         let started = Event::Started { peer: peer.clone(), request: request.clone() };
         self.outputs.push_back(Output::Event(started));
+        if let Ok((channel, places)) = places
+            && in_place
+        {
+            if !self.admit(now, owner, Source::Advance(channel, &places)) {
+                self.end(now, owner, ErrorCode::Stale, "its pages are not the channel's", false);
+            }
+            return;
+        }
         self.queue.push(owner, waits_until);
         self.set_timer(owner, waits_until);
         self.run_queue(now);
     }
 
-    fn commit(&mut self, now: Time, owner: Owner, chunk: u32, generation: Generation, check: Check) {
+    fn new_owner(&mut self) -> Owner {
+        let owner = Owner(self.next_owner);
+        self.next_owner += 1;
+        owner
+    }
+
+    /// Whether a serial is the next one of its channel.
+    fn is_new(&mut self, peer: &PeerId, channel: u64, serial: u64) -> bool {
+        self.channel(peer, channel).is_some_and(|c| serial > c.last_serial)
+    }
+
+    pub(super) fn commit(
+        &mut self,
+        now: Time,
+        owner: Owner,
+        chunk: u32,
+        generation: Generation,
+        check: Check,
+    ) {
         let Some(r) = self.requests.get_mut(&owner) else { return };
         if r.phase != Phase::Active {
             return;
@@ -538,6 +604,11 @@ impl Receiver {
             Some(ChunkState::Done(hold)) if hold.generation == generation => {
                 r.send(&mut self.outputs, answer(ErrorCode::Ok));
             }
+            // Written in advance of the word whether it is to be: kept until that is known.
+            Some(ChunkState::Pending(hold)) if r.is_place(chunk, hold) && hold.generation == generation => {
+                r.early.insert(chunk, check);
+                self.renew(now, owner);
+            }
             Some(_) => r.send(&mut self.outputs, answer(ErrorCode::Stale)),
         }
     }
@@ -568,6 +639,7 @@ impl Receiver {
         if let Some(c) = self.channel(peer, channel) {
             c.closing = true;
         }
+        self.quarantine_advances(|p, c| p == peer && c == channel);
         self.drop_closed_channel(peer, channel);
         self.run_queue(now);
     }
@@ -576,10 +648,14 @@ impl Receiver {
 impl Receiver {
     /// A closed channel is kept while writes of its requests may still land: their end is told over it.
     fn drop_closed_channel(&mut self, peer: &PeerId, channel: u64) {
+        if !self.nothing_in_advance(peer, channel) {
+            return;
+        }
         if let Some(channels) = self.channels.get_mut(peer)
             && channels.get(&channel).is_some_and(|c| c.closing && c.live.is_empty())
         {
             channels.remove(&channel);
+            self.advances.remove(&(peer.clone(), channel));
         }
     }
 }

@@ -11,18 +11,41 @@
 //! The machine moves no bytes: it says with [`Output::Write`] which chunk may be written to which page now, and is told the end
 //! of that write with [`Sender::written`]. The caller of a request hears its end at once ([`Output::Ended`]); its pages are given
 //! back to the receiver only when the last write has really ended (Contract line 2).
+//!
+//! A request whose caller wants to write at once may get its pages out of the channel's *advance*; see `advance`.
 
+mod advance;
+
+use self::advance::Advance;
 use crate::integrity::Integrity;
 use crate::layout::Layout;
 use crate::plan::{RequestError, check_chunks};
 use crate::receiver::MAX_ATTEMPTS;
 use crate::wire::{Check, ChunkSpec, Message, Slot};
-use crate::{ErrorCode, Generation, PageIndex, RequestId, Time};
+use crate::{ErrorCode, Generation, Hold, PageIndex, RequestId, Time};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 /// Shortest time between two renewals of a lease, whatever the receiver grants.
 const MIN_RENEWAL: Duration = Duration::from_millis(10);
+
+/// A request to be made.
+#[derive(Clone, Debug)]
+pub struct Declaration {
+    /// Its id.
+    pub request: RequestId,
+    /// The chunks that are known.
+    pub specs: Vec<ChunkSpec>,
+    /// Most chunks that [`Sender::extend`] will still name.
+    pub more: u32,
+    /// When it must have ended.
+    pub deadline: Time,
+    /// Level of the digests.
+    pub integrity: Integrity,
+    /// Its caller would write before the receiver has answered. It gets pages in advance if there are enough, and as many are asked for,
+    /// so that the next one does. One that has `more` to name does not: its pages are granted together.
+    pub at_once: bool,
+}
 
 /// A chunk may be written now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,7 +72,7 @@ pub enum Output {
         /// The reservation.
         serial: u64,
     },
-    /// The request is admitted.
+    /// The request has its pages.
     Admitted {
         /// The reservation.
         serial: u64,
@@ -202,6 +225,8 @@ struct Chunk {
     place: Place,
     /// The last page named for it: a repetition of an earlier word must not start a write.
     last: Option<(PageIndex, Generation)>,
+    /// The page that this side has chosen, until the receiver's word that it is the chunk's.
+    chosen: Option<Hold>,
     supplied: bool,
     /// Another request is writing it, as the receiver last said.
     pending: bool,
@@ -209,7 +234,8 @@ struct Chunk {
 }
 
 impl Chunk {
-    const NEW: Self = Self { place: Place::None, last: None, supplied: false, pending: false, attempts: 0 };
+    const NEW: Self =
+        Self { place: Place::None, last: None, chosen: None, supplied: false, pending: false, attempts: 0 };
 }
 
 struct Request {
@@ -238,6 +264,7 @@ pub struct Sender {
     requests: HashMap<u64, Request>,
     ids: HashMap<RequestId, u64>,
     timers: BTreeSet<(Time, u64)>,
+    advance: Advance,
     outputs: VecDeque<Output>,
     closed: Option<Failure>,
 }
@@ -252,6 +279,7 @@ impl Sender {
             requests: HashMap::new(),
             ids: HashMap::new(),
             timers: BTreeSet::new(),
+            advance: Advance::default(),
             outputs: VecDeque::new(),
             closed: None,
         }
@@ -262,16 +290,9 @@ impl Sender {
         self.outputs.pop_front()
     }
 
-    /// Declares a request that must end by `deadline`: the chunks `specs`, and up to `more` that [`Sender::extend`] names.
-    pub fn reserve(
-        &mut self,
-        now: Time,
-        request: RequestId,
-        specs: Vec<ChunkSpec>,
-        more: u32,
-        deadline: Time,
-        integrity: Integrity,
-    ) -> Result<u64, SenderError> {
+    /// Declares a request; returns its serial.
+    pub fn reserve(&mut self, now: Time, declaration: Declaration) -> Result<u64, SenderError> {
+        let Declaration { request, specs, more, deadline, integrity, at_once } = declaration;
         if let Some(Failure { code, text }) = self.closed.clone() {
             return Err(SenderError::Closed { code, text });
         }
@@ -286,6 +307,12 @@ impl Sender {
         let serial = self.next_serial;
         self.next_serial += 1;
         let deadline_ms = u64::try_from(deadline.since(now).as_millis()).unwrap_or(u64::MAX);
+        let (places, advance) =
+            if at_once && more == 0 { self.advance.choose(specs.len()) } else { (Vec::new(), 0) };
+        let chosen: Vec<Chunk> = match places.as_slice() {
+            [] => specs.iter().map(|_| Chunk::NEW).collect(),
+            places => places.iter().map(|hold| Chunk::chosen(*hold)).collect(),
+        };
         let chunks = specs.clone();
         let channel = self.channel;
         self.send(Message::Reserve {
@@ -296,12 +323,14 @@ impl Sender {
             deadline_ms,
             integrity,
             more,
+            places,
+            advance,
         });
         self.ids.insert(request.clone(), serial);
         self.timers.insert((deadline, serial));
         let r = Request {
             id: request,
-            chunks: specs.iter().map(|_| Chunk::NEW).collect(),
+            chunks: chosen,
             undone: specs.len() as u32,
             declared: specs.len(),
             more,
@@ -315,6 +344,9 @@ impl Sender {
             renewal: Duration::MAX,
             timer: deadline,
         };
+        if r.chunks.first().is_some_and(|c| c.chosen.is_some()) {
+            self.outputs.push_back(Output::Admitted { serial });
+        }
         self.requests.insert(serial, r);
         Ok(serial)
     }
@@ -377,6 +409,10 @@ impl Sender {
     /// A write has ended, and no byte of it moves any more: with the digest to commit, or with a failure.
     pub fn written(&mut self, write: Write, result: Result<Check, Failure>) {
         let Write { serial, chunk, page, generation } = write;
+        if self.advance.is_stray(&write) {
+            self.give_back(vec![Hold { page, generation }]);
+            return;
+        }
         let Some(r) = self.requests.get_mut(&serial) else { return };
         let place = &mut r.chunks[chunk as usize].place;
         if *place != Place::Writing(page, generation) {
@@ -431,6 +467,8 @@ impl Sender {
                 }
             }
             Message::Resolved { serial, chunk, slot, .. } => self.resolved(*serial, *chunk, *slot),
+            Message::Advance { number, pages, .. } => self.advanced(*number, pages),
+            Message::Recall { .. } => self.give_back_unused(),
             Message::Committed { serial, chunk, generation, code, .. } => {
                 self.committed(*serial, *chunk, *generation, *code);
             }
@@ -460,6 +498,7 @@ impl Sender {
         for serial in serials {
             self.end(serial, failure.clone());
         }
+        self.give_back_unused();
     }
 
     /// Does what is due at `now`.
@@ -494,7 +533,7 @@ impl Sender {
 
     /// True when no request is under way and no write either.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty()
+        self.requests.is_empty() && !self.advance.has_strays()
     }
 
     /// The end of the channel, once it has ended.
@@ -518,14 +557,17 @@ impl Sender {
             self.end(serial, Failure { code: ErrorCode::Protocol, text });
             return;
         }
+        let at_once = r.chunks.first().is_some_and(|c| c.chosen.is_some());
         r.phase = Phase::Active;
-        r.admitted = now;
+        if !at_once {
+            r.admitted = now;
+            self.outputs.push_back(Output::Admitted { serial });
+        }
         // Three renewals a lease: two may be lost.
         r.renewal = (lease / 3).max(MIN_RENEWAL);
         self.timers.remove(&(r.timer, serial));
         r.timer = r.deadline.min(now + r.renewal);
         self.timers.insert((r.timer, serial));
-        self.outputs.push_back(Output::Admitted { serial });
         for (i, slot) in slots.iter().enumerate() {
             self.place(serial, i as u32, *slot);
         }
@@ -534,8 +576,13 @@ impl Sender {
     fn resolved(&mut self, serial: u64, chunk: u32, slot: Slot) {
         let pages = self.layout.pages();
         let Some(r) = self.requests.get_mut(&serial).filter(|r| r.phase == Phase::Active) else { return };
+        let Some(c) = r.chunks.get(chunk as usize) else { return };
+        if c.pending && c.chosen.is_some() {
+            self.answered(serial, chunk, slot);
+            return;
+        }
         // A chunk that is being written or done is not moved: that would be a repetition.
-        if r.chunks.get(chunk as usize).is_none_or(|c| c.place != Place::None) {
+        if c.place != Place::None {
             return;
         }
         if let Slot::Page { page, .. } = slot
@@ -551,6 +598,10 @@ impl Sender {
     fn place(&mut self, serial: u64, chunk: u32, slot: Slot) {
         let Some(r) = self.requests.get_mut(&serial) else { return };
         let c = &mut r.chunks[chunk as usize];
+        if c.chosen.is_some() {
+            self.answered(serial, chunk, slot);
+            return;
+        }
         match slot {
             Slot::Page { page, generation } => {
                 if c.last.is_some_and(|(p, g)| p != page || g >= generation) {
@@ -652,6 +703,8 @@ impl Sender {
         let Some(r) = self.forget(serial) else { return };
         let (channel, code) = (self.channel, r.code);
         self.send(Message::Abort { channel, serial, quiet: true, code });
+        // What the receiver has not taken for the request.
+        self.give_back(r.chunks.into_iter().filter_map(|c| c.chosen).collect());
     }
 
     fn forget(&mut self, serial: u64) -> Option<Request> {

@@ -14,13 +14,17 @@ fn page(n: u32) -> Slot {
     Slot::Page { page: PageIndex(n), generation: Generation(1) }
 }
 
+fn declaration(request: RequestId, specs: Vec<ChunkSpec>, more: u32, deadline: Time) -> Declaration {
+    Declaration { request, specs, more, deadline, integrity: Integrity::Bound, at_once: false }
+}
+
 #[test]
 fn chunks_without_bytes_stand_as_the_receiver_says() {
     let mut sender = Sender::new(7, Layout::new(PAGE, 8).expect("a layout"));
     let (now, request) = (Time(0), RequestId::new("r").expect("valid"));
     let deadline = Time(0) + Duration::from_secs(5);
     let specs = (0..3).map(spec).collect();
-    let serial = sender.reserve(now, request, specs, 2, deadline, Integrity::Bound).expect("taken");
+    let serial = sender.reserve(now, declaration(request, specs, 2, deadline)).expect("taken");
     let stand = |s: &Sender| (0..5).map(|chunk| s.standing(serial, chunk)).collect::<Vec<_>>();
     assert_eq!(stand(&sender), [Unknown, Unknown, Unknown, NoPage, NoPage], "not admitted; two have no name");
 

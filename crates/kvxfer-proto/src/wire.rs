@@ -15,7 +15,8 @@ mod codec;
 pub use codec::{WireError, decode, encode};
 
 use crate::{
-    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RegionId, RequestId,
+    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Hold, Integrity, PageIndex, RegionId,
+    RequestId,
 };
 use serde::{Deserialize, Serialize};
 
@@ -144,6 +145,35 @@ pub enum Message {
         /// that holds pages ever waits for more.
         #[serde(default, skip_serializing_if = "is_zero")]
         more: u32,
+        /// Pages out of the sender's advance, one for each chunk or none at all: it may be writing there already. The
+        /// request is admitted at once with them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        places: Vec<Hold>,
+        /// Pages that the sender would like to have in advance of its next requests.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        advance: u32,
+    },
+    /// Pages for requests to come, because a [`Message::Reserve`] asked for some. Nobody else gets one before the sender has
+    /// returned it.
+    Advance {
+        /// The channel.
+        channel: u64,
+        /// Number of this advance in the channel, larger than the one before: a repetition brings nothing.
+        number: u64,
+        /// The pages.
+        pages: Vec<Hold>,
+    },
+    /// Others wait for pages: the sender returns what it has in advance and has not used.
+    Recall {
+        /// The channel.
+        channel: u64,
+    },
+    /// Pages of the advance that no chunk has got, and to which no write can land any more.
+    Return {
+        /// The channel.
+        channel: u64,
+        /// The pages.
+        pages: Vec<Hold>,
     },
     /// Name further chunks of a declared request, out of the `more` it announced.
     Extend {
@@ -333,6 +363,9 @@ impl Message {
             | Self::Attached { channel, .. }
             | Self::Detach { channel, .. }
             | Self::Reserve { channel, .. }
+            | Self::Advance { channel, .. }
+            | Self::Recall { channel, .. }
+            | Self::Return { channel, .. }
             | Self::Extend { channel, .. }
             | Self::Extended { channel, .. }
             | Self::Grant { channel, .. }

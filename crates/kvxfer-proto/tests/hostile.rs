@@ -4,10 +4,10 @@ use kvxfer_proto::layout::Layout;
 use kvxfer_proto::pool::Known;
 use kvxfer_proto::query::Asker;
 use kvxfer_proto::receiver::{self, PeerId, Receiver, Settings};
-use kvxfer_proto::sender::{self, Sender};
+use kvxfer_proto::sender::{self, Declaration, Sender, Write};
 use kvxfer_proto::wire::{Check, ChunkSpec, FoundChunk, Message, Slot};
 use kvxfer_proto::{
-    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId, Time,
+    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Hold, Integrity, PageIndex, RequestId, Time,
 };
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -52,6 +52,9 @@ fn message() -> impl Strategy<Value = Message> {
     let spec = (0..8u8, prop_oneof![9 => Just(LEN), 1 => 0..2 * LEN])
         .prop_map(|(n, len)| ChunkSpec { key: key(n), len });
     let integrity = prop_oneof![Just(Integrity::Bound), Just(Integrity::Full)];
+    let hold = (0..PAGES + 1, generation.clone())
+        .prop_map(|(page, generation)| Hold { page: PageIndex(page), generation });
+    let holds = proptest::collection::vec(hold, 1..3);
     let cs = (channel, serial);
     prop_oneof![
         1 => cs.clone().prop_map(|(channel, _)| Message::Attach {
@@ -64,13 +67,19 @@ fn message() -> impl Strategy<Value = Message> {
             code: ErrorCode::Closed,
             text: String::new()
         }),
-        6 => (cs.clone(), proptest::collection::vec(spec.clone(), 0..5), 0..400u64, integrity, 0..12u8).prop_map(
-            |((channel, serial), chunks, deadline_ms, integrity, name)| Message::Reserve {
-                channel, serial, chunks, deadline_ms, integrity,
+        6 => (
+            cs.clone(), proptest::collection::vec(spec.clone(), 0..5), 0..400u64, integrity, 0..12u8,
+            prop_oneof![2 => Just(Vec::new()), 1 => holds.clone()], 0..4u32,
+        ).prop_map(
+            |((channel, serial), chunks, deadline_ms, integrity, name, places, advance)| Message::Reserve {
+                channel, serial, chunks, deadline_ms, integrity, places, advance,
                 request: RequestId::new(format!("r{}", name % 3)).expect("valid"),
                 more: u32::from(name / 3),
             }
         ),
+        3 => (cs.clone(), holds.clone()).prop_map(|((channel, number), pages)| Message::Advance { channel, number, pages }),
+        1 => cs.clone().prop_map(|(channel, _)| Message::Recall { channel }),
+        2 => (cs.clone(), holds).prop_map(|((channel, _), pages)| Message::Return { channel, pages }),
         4 => (cs.clone(), proptest::collection::vec(spec, 0..3), 0..6u32, any::<bool>()).prop_map(
             |((channel, serial), chunks, first, last)| Message::Extend { channel, serial, first, chunks, last }
         ),
@@ -125,6 +134,7 @@ proptest! {
             admission_timeout: Duration::from_millis(200),
             max_queue: 3,
             retention: Duration::from_millis(300),
+            advance: 3,
         });
         let peer = |n| PeerId { name: AgentName::new("them").expect("valid"), epoch: Epoch(1), connection: n };
         let mut now = Time(0);
@@ -164,10 +174,15 @@ proptest! {
         let mut open = HashSet::new();
         let mut started = Vec::new();
         let mut now = Time(0);
+        let ahead: Vec<Hold> = (0..4).map(|n| Hold { page: PageIndex(n), generation: Generation(1) }).collect();
+        s.message(now, &Message::Advance { channel: 1, number: 1, pages: ahead.clone() });
         for i in 0..3u8 {
             let specs = (0..3).map(|n| ChunkSpec { key: key(i * 3 + n), len: LEN }).collect();
             let id = RequestId::new(format!("r{i}")).expect("valid");
-            let serial = s.reserve(now, id, specs, 2, now + deadline, Integrity::Bound).expect("accepted");
+            let (more, at_once) = if i == 0 { (0, true) } else { (2, false) };
+            let (request, deadline, integrity) = (id, now + deadline, Integrity::Bound);
+            let declaration = Declaration { request, specs, more, deadline, integrity, at_once };
+            let serial = s.reserve(now, declaration).expect("accepted");
             open.insert(serial);
             for chunk in 0..2 {
                 s.supply(serial, chunk).expect("open");
@@ -187,7 +202,9 @@ proptest! {
                     }
                     sender::Output::Ended { serial, .. } => prop_assert!(open.remove(&serial), "ended twice"),
                     sender::Output::Send(Message::Abort { serial, quiet: true, .. }) => {
-                        prop_assert!(started.iter().all(|w| w.serial != serial), "not quiet");
+                        // A write to a page that the request did not get is told with that page.
+                        let chosen = |w: &Write| ahead.contains(&Hold { page: w.page, generation: w.generation });
+                        prop_assert!(!started.iter().any(|w| w.serial == serial && !chosen(w)), "not quiet");
                     }
                     _ => {}
                 }

@@ -7,7 +7,8 @@ use kvxfer_proto::wire::{
     MAX_TEXT, Message, Offer, RegionAdvert, Slot, Ticket, WireError, decode, encode,
 };
 use kvxfer_proto::{
-    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RegionId, RequestId,
+    AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Hold, Integrity, PageIndex, RegionId,
+    RequestId,
 };
 use proptest::prelude::*;
 use std::fmt::Write as _;
@@ -67,7 +68,8 @@ fn samples() -> Vec<(&'static str, Message)> {
         challenge: (0..32).collect(),
         auth_required: true,
     };
-    let page = Slot::Page { page: PageIndex(3), generation: Generation(9) };
+    let hold = Hold { page: PageIndex(3), generation: Generation(9) };
+    let page = Slot::Page { page: hold.page, generation: hold.generation };
     let (channel, serial, chunk, generation) = (5, 11, 2, Generation(9));
     let text = String::from("page_bytes differs: here \"1\", at the peer \"2\"");
     vec![
@@ -112,6 +114,8 @@ fn samples() -> Vec<(&'static str, Message)> {
                 deadline_ms: 60_000,
                 integrity: Integrity::Bound,
                 more: 0,
+                places: Vec::new(),
+                advance: 0,
             },
         ),
         (
@@ -124,8 +128,27 @@ fn samples() -> Vec<(&'static str, Message)> {
                 deadline_ms: 60_000,
                 integrity: Integrity::Full,
                 more: 19,
+                places: Vec::new(),
+                advance: 0,
             },
         ),
+        (
+            "reserve_places",
+            Message::Reserve {
+                channel,
+                serial,
+                request: RequestId::new("cmpl-3").expect("a valid id"),
+                chunks: vec![ChunkSpec { key: key(1), len: 1 << 20 }],
+                deadline_ms: 60_000,
+                integrity: Integrity::Bound,
+                more: 0,
+                places: vec![hold],
+                advance: 2,
+            },
+        ),
+        ("advance", Message::Advance { channel, number: 1, pages: vec![hold, hold] }),
+        ("recall", Message::Recall { channel }),
+        ("return", Message::Return { channel, pages: vec![hold] }),
         (
             "extend",
             Message::Extend {
@@ -267,6 +290,7 @@ fn an_unknown_error_code_is_kept_as_unknown() {
 #[test]
 fn limits_are_checked_on_both_sides() {
     let long = "x".repeat(MAX_TEXT + 1);
+    let hold = Hold { page: PageIndex(3), generation: Generation(9) };
     let too_much = [
         Message::Notify { payload: vec![0; MAX_NOTIFICATION + 1] },
         Message::Bye { reason: long.clone() },
@@ -277,6 +301,7 @@ fn limits_are_checked_on_both_sides() {
             geometry: Geometry { model: long.clone(), ..Geometry::default() },
         },
         Message::Grant { channel: 1, serial: 1, slots: vec![Slot::Present; MAX_CHUNKS + 1], lease_ms: 1 },
+        Message::Return { channel: 1, pages: vec![hold; MAX_CHUNKS + 1] },
         Message::Auth { mac: vec![0; 65] },
         Message::Query { channel: 1, query: 1, keys: vec![key(1); MAX_QUERY + 1], lease_ms: 1 },
         Message::Found {
@@ -305,6 +330,8 @@ fn limits_are_checked_on_both_sides() {
         deadline_ms: 1,
         integrity: Integrity::Off,
         more: 0,
+        places: Vec::new(),
+        advance: 0,
     };
     assert!(matches!(encode(&reserve), Err(WireError::FrameTooLarge { .. })));
 }

@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, milliseconds
 from kvxfer._native import ffi, lib
@@ -74,6 +74,8 @@ class PoolStats:
     quarantined: int
     queued: int
     active: int
+    advanced: int
+    available: int
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,7 @@ class RequestEvent:
     text: str
 
 
-@dataclass(frozen=True)
-class DeliveryReport:
+class DeliveryReport(NamedTuple):
     """How a request went."""
 
     bytes: int

@@ -8,8 +8,9 @@ while (event := outbox.next_event(1.0)) is None or event.batch != batch:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from kvxfer._call import INTEGRITY, TRANSPORTS, c_text, choice, handle, milliseconds
@@ -21,19 +22,19 @@ from kvxfer.gpu import Fence, fence_of
 from kvxfer.region import Region
 
 _BATCH_SIZE = ffi.sizeof("kvxfer_batch_t")
+_SOURCES, _RUNS = "kvxfer_chunk_source_t[]", "kvxfer_run_t[]"
+_PLACE = struct.Struct("PQ")
 _EVENT_SIZE = ffi.sizeof("kvxfer_outbox_event_t")
 _TRANSPORT_NAMES = {number: name for name, number in TRANSPORTS.items() if name}
 
 
-@dataclass(frozen=True)
-class Released:
+class Released(NamedTuple):
     """Nothing reads the batch's bytes any more."""
 
     batch: int
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(NamedTuple):
     """A request has ended: `report` says how it went, or `failure` why it did not."""
 
     request: str
@@ -50,6 +51,39 @@ class Place(NamedTuple):
 
     address: int
     length: int
+
+
+class _Scratch(threading.local):
+    """What a thread's calls are made with, used again and again."""
+
+    def __init__(self) -> None:
+        self.event = ffi.new("kvxfer_outbox_event_t *", {"struct_size": _EVENT_SIZE})
+        self._batch = ffi.new("kvxfer_batch_t *", {"struct_size": _BATCH_SIZE})
+        self._make_room(8)
+
+    def _make_room(self, room: int) -> None:
+        self._room, self.places = room, ffi.new("kvxfer_place_t[]", room)
+        self._sources, self._runs = ffi.new(_SOURCES, room), ffi.new(_RUNS, room)
+        for i in range(room):
+            self._sources[i].runs, self._sources[i].run_count = self._runs + i, 1
+        self._batch.chunks = self._sources
+
+    def named(
+        self, request: str, receiver: str, chunks: Sequence[tuple[str, int]], total: int, first: bool, last: bool
+    ) -> tuple[Any, list[Any]]:
+        """A batch of chunks of (key, length) that lie nowhere yet, good until the next one, and what must live as long as it is in use.
+        There is room for their `places`."""
+        if len(chunks) > self._room:
+            self._make_room(max(len(chunks), 2 * self._room))
+        batch, sources, runs = self._batch, self._sources, self._runs
+        kept = [_text(request), _text(receiver)]
+        batch.request, batch.receiver = kept
+        batch.count, batch.total, batch.first, batch.last = len(chunks), total, first, last
+        for i, (key, length) in enumerate(chunks):
+            text = _text(key)
+            kept.append(text)
+            sources[i].key, runs[i].length = text, length
+        return batch, kept
 
 
 class Outbox:
@@ -84,7 +118,7 @@ class Outbox:
         config.proxy = where
         config.patience_ms = milliseconds("patience", patience)
         self._handle = handle("kvxfer_outbox_t", lib.kvxfer_outbox_free, lib.kvxfer_outbox_new, agent._handle, config)
-        self._agent = agent
+        self._agent, self._scratch = agent, _Scratch()
         del kept, where
 
     def put(
@@ -101,7 +135,7 @@ class Outbox:
         """Takes part of a request: chunks of (key, region, runs). Never waits. Returns the number of the batch; its bytes must not
         change until `Released` names it. 0: nothing of it is read, and no `Released` follows. `total` in the first batch is how many
         chunks the whole request will have. `after` is a point in a CUDA stream before which the bytes are not complete. A region of None:
-        the chunk is in the place that `place` gave, and its runs are [(0, length)]. No chunks at all, where `place` gave places: all of those."""
+        the chunk is in the place that `place` gave, and its runs are [(0, length)]."""
         batch, kept = _batch(request, receiver, chunks, total, first, last)
         batch.after = fence_of(after)
         number = ffi.new("uint64_t *")
@@ -113,7 +147,7 @@ class Outbox:
         self,
         request: str,
         receiver: str,
-        chunks: Iterable[tuple[str, int]],
+        chunks: Sequence[tuple[str, int]],
         *,
         total: int = 0,
         first: bool = False,
@@ -122,18 +156,22 @@ class Outbox:
         patience: float = 0.005,
     ) -> list[Place | None]:
         """Asks for chunks of (key, length) to be produced where they are to be: the receiver's pages, as addresses of this process (or
-        of the CUDA device `device`). Fill them, then `put` the same chunks; one that has None here, or was not filled
-        there, is put from a region.
+        of the CUDA device `device`). Fill them, then `put_placed`, or `put` the same chunks; one that has None here, or was
+        not filled there, is put from a region.
 
         Waits for admission at most `patience` seconds; whatever prevents places gives None and loses nothing. Until the `put`, or
         `give_up`, the places are the caller's, whatever becomes of the request; afterwards nothing may be written there."""
-        batch, kept = _batch(request, receiver, [(key, None, [(0, n)]) for key, n in chunks], total, first, last)
-        places = ffi.new("kvxfer_place_t[]", max(1, batch.count))
-        wait = milliseconds("patience", patience)
-        check(lib.kvxfer_outbox_place(self._handle, batch, -1 if device is None else device, wait, places))
+        scratch, wait = self._scratch, milliseconds("patience", patience)
+        batch, kept = scratch.named(request, receiver, chunks, total, first, last)
+        check(lib.kvxfer_outbox_place(self._handle, batch, -1 if device is None else device, wait, scratch.places))
         del kept
-        found = ((int(ffi.cast("uintptr_t", p.address)), int(p.length)) for p in places[0 : batch.count])
+        found = _PLACE.iter_unpack(ffi.buffer(scratch.places, len(chunks) * _PLACE.size))
         return [Place(address, length) if address else None for address, length in found]
+
+    def put_placed(self, request: str, after: Fence | None = None) -> None:
+        """Puts the chunks that `place` has named, where it gave each one a place: their bytes are there, or will be when a CUDA stream has
+        passed `after`. Never waits; nothing of them is read, and no `Released` follows."""
+        check(lib.kvxfer_outbox_put_placed(self._handle, c_text(request), fence_of(after)))
 
     def give_up(self, request: str, after: Fence | None = None) -> bool:
         """Gives up the places of chunks that are not put after all, and their request, once a CUDA stream has passed `after`. False when
@@ -162,41 +200,33 @@ class Outbox:
 
     def next_event(self, timeout: float) -> Released | Ended | None:
         """The next event; None when the time is over. Of several threads that wait here the one that came last is woken first."""
-        event = self._event()
-        return _read(event) if self._take(timeout, event) else None
+        return self._taken(
+            lib.kvxfer_outbox_next_event(self._handle, milliseconds("timeout", timeout), self._scratch.event)
+        )
 
     def events(self, timeout: float) -> Iterator[Released | Ended]:
         """The next event, and those that are there already when it comes; none when the time is over."""
-        event = self._event()
-        while self._take(timeout, event):
-            more = event.more
-            yield _read(event)
+        while (event := self.next_event(timeout)) is not None:
+            more = self._scratch.event.more
+            yield event
             if not more:
                 return
             timeout = 0.0
 
-    @staticmethod
-    def _event() -> Any:
-        event = ffi.new("kvxfer_outbox_event_t *")
-        event.struct_size = _EVENT_SIZE
-        return event
-
-    def _take(self, timeout: float, event: Any) -> bool:
-        code = lib.kvxfer_outbox_next_event(self._handle, milliseconds("timeout", timeout), event)
+    def _taken(self, code: int) -> Released | Ended | None:
         if code == lib.KVXFER_TIMED_OUT:
-            return False
+            return None
         check(code)
-        return True
+        return _read(self._scratch.event)
 
-    def attend(self, at_most: float) -> bool:
-        """For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, at most so many
-        seconds, which spares the time until other threads have been woken for them. True when there is an event. No other thread is woken
-        for those that come meanwhile: take them with `next_event(0)` until there are none."""
-        code = lib.kvxfer_outbox_attend(self._handle, int(at_most * 1e6))
-        if code == lib.KVXFER_TIMED_OUT:
-            return False
-        check(code)
-        return True
+    def attend(self, at_most: float) -> list[Released | Ended]:
+        """The next events for a thread that has nothing to do but wait for them: it looks after the receivers' answers itself, at most so
+        many seconds, which spares the time until other threads have been woken for them; and none is for events that come meanwhile.
+        Empty when there are none yet."""
+        event = self._taken(lib.kvxfer_outbox_attend(self._handle, int(at_most * 1e6), self._scratch.event))
+        if event is None:
+            return []
+        return [event, *self.events(0)] if self._scratch.event.more else [event]
 
     def close(self, timeout: float = 5.0) -> None:
         """Gives everything up and waits until no bytes are read any more and the proxy has been told. Closing twice is fine."""
@@ -235,18 +265,23 @@ def _batch(
 ) -> tuple[Any, list[Any]]:
     """The struct, and what must live as long as it is in use."""
     parts = list(chunks)
-    sources = ffi.new("kvxfer_chunk_source_t[]", len(parts))
+    sources = ffi.new(_SOURCES, len(parts))
     kept: list[Any] = [sources]
     for i, (key, region, runs) in enumerate(parts):
-        source, text, packed = sources[i], ffi.new("char[]", c_text(key)), ffi.new("kvxfer_run_t[]", list(runs))
+        source, text, packed = sources[i], _text(key), ffi.new(_RUNS, list(runs))
         kept += (text, packed)
         source.key, source.runs, source.run_count = text, packed, len(packed)
         if region is not None:
             source.region = region._handle
     batch = ffi.new("kvxfer_batch_t *")
     batch.struct_size = _BATCH_SIZE
-    name, where = ffi.new("char[]", c_text(request)), ffi.new("char[]", c_text(receiver))
-    kept += [name, where]
+    name, where = _text(request), _text(receiver)
+    kept += (name, where)
     batch.request, batch.receiver, batch.chunks, batch.count = name, where, sources, len(parts)
     batch.total, batch.first, batch.last = total, first, last
     return batch, kept
+
+
+def _text(value: str | bytes) -> Any:
+    """The bytes as C sees them; Python keeps a NUL behind them."""
+    return ffi.from_buffer(c_text(value))

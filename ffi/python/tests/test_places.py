@@ -44,14 +44,13 @@ def prefill(pipe, address):
                 while not isinstance(event := outbox.next_event(WAIT_S), kvxfer.Ended):
                     pass
                 pipe.send((event.request, event.report and event.report.transport))
-            elif command == "put all":
+            elif command == "put placed":
                 (request,) = arguments
-                number = outbox.put(request, address, [], first=True, last=True)
+                outbox.put_placed(request)
                 ends, deadline = [], time.monotonic() + WAIT_S
                 while not ends and time.monotonic() < deadline:
-                    if outbox.attend(0.001):
-                        ends += [event.request for event in outbox.events(0)]
-                pipe.send((number, ends))
+                    ends += [event.request for event in outbox.attend(0.001)]
+                pipe.send(ends)
 
 
 prefill.known = set()
@@ -94,7 +93,7 @@ def test_bytes_produced_there_are_found_once_they_are_put(receiver, prefiller):
 
 def test_all_that_has_its_place_is_put_without_being_named_again(receiver, prefiller):
     assert prefiller("place", "r", "abc", True) == 3
-    assert prefiller("put all", "r") == (0, ["r"]), "nothing of it is read, and only its end is told"
+    assert prefiller("put placed", "r") == ["r"], "nothing of it is read, and only its end is told"
     for key in "abc":
         with receiver.acquire(key) as chunk:
             assert chunk.data == pattern(PAGE, ord(key))
@@ -102,7 +101,8 @@ def test_all_that_has_its_place_is_put_without_being_named_again(receiver, prefi
 
 def test_a_prefiller_that_is_killed_with_places_leaves_no_pages_and_no_chunks(receiver, prefiller):
     assert prefiller("place", "r", "abc", True) == 3
-    assert receiver.stats.free_pages == 4
+    stats = receiver.stats
+    assert (stats.writing, stats.free_pages + stats.advanced) == (3, 4)
     prefiller.process.kill()
     until(lambda: receiver.stats.free_pages == 7)
     assert receiver.lookup("a") == "absent"
@@ -110,3 +110,16 @@ def test_a_prefiller_that_is_killed_with_places_leaves_no_pages_and_no_chunks(re
     while event.ready:
         event = receiver.next_event(WAIT_S)
     assert event.request == "r"
+
+
+def test_a_page_that_a_prefiller_has_in_advance_is_its_own_until_it_is_gone(receiver, prefiller):
+    until(lambda: receiver.stats.advanced == 1)
+    assert prefiller("place", "r", "a", True) == 1, "there is one for each chunk, and nobody waits"
+    until(lambda: receiver.stats.writing == 1)
+    assert prefiller("put placed", "r") == ["r"]
+    until(lambda: receiver.stats.advanced == 1)
+    with receiver.acquire("a") as chunk:
+        assert chunk.data == pattern(PAGE, ord("a"))
+    prefiller.process.kill()
+    until(lambda: receiver.stats.advanced == receiver.stats.quarantined == 0)
+    assert receiver.stats.free_pages == 6

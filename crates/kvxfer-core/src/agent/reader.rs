@@ -176,6 +176,8 @@ fn unclaimed(agent: &Inner, peer: &PeerInner, message: Message) {
             let text = format!("agent {:?} has no channel {channel}", agent.name.as_str());
             reply(peer, &Message::Found { channel, query, chunks: Vec::new(), lease_ms: 0, code, text });
         }
+        // A sender that has gone has no use for them.
+        Message::Advance { channel, pages, .. } => reply(peer, &Message::Return { channel, pages }),
         Message::Release { channel, query } => {
             reply(peer, &Message::Released { channel, query, code });
         }

@@ -24,6 +24,9 @@ use std::sync::{Arc, Weak};
 /// [`super::Receiver::wait_request`] remembers.
 const MAX_REMEMBERED: usize = 16_384;
 
+/// One of so many pages may be in the hands of senders, for requests to come.
+const ADVANCED_OF: u32 = 8;
+
 /// What all clones of a receiver share.
 pub(super) struct Handle {
     pub(super) pool: Arc<Pool>,
@@ -92,9 +95,10 @@ impl State {
         let s = self.machine.stats();
         let p = s.pages;
         PoolStats {
-            pages: p.free + p.writing + p.published + p.quarantined,
+            pages: p.free + p.writing + p.advanced + p.published + p.quarantined,
             free: p.free,
             writing: p.writing,
+            advanced: p.advanced,
             published: p.published,
             pinned: p.pinned,
             quarantined: p.quarantined,
@@ -172,6 +176,7 @@ impl Pool {
             admission_timeout: config.admission_timeout,
             max_queue: config.max_queue,
             retention: config.retention,
+            advance: layout.pages() / ADVANCED_OF,
         };
         let pool = Arc::new_cyclic(|me| Pool {
             me: me.clone(),

@@ -77,7 +77,7 @@ pub enum ReceiverEvent {
     },
 }
 
-/// Pages by state, and the queue. `free + writing + published + quarantined == pages`.
+/// Pages by state, and the queue. `free + writing + advanced + published + quarantined == pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolStats {
     /// All pages.
@@ -86,6 +86,8 @@ pub struct PoolStats {
     pub free: u32,
     /// Granted and being written.
     pub writing: u32,
+    /// In the hands of senders, for requests to come; they return them when others wait.
+    pub advanced: u32,
     /// Published.
     pub published: u32,
     /// Published and pinned.

@@ -133,14 +133,37 @@ impl Sender {
         more: u32,
         timeout: Option<Duration>,
     ) -> Result<Reservation> {
+        self.declare(request, (chunks, more), timeout, false)
+    }
+
+    /// The same for who has the bytes already, or makes them in their places next ([`Reservation::place`]). Where all chunks are known
+    /// and the receiver has given pages in advance, the chunks go there, and nobody waits for its answer; it is asked for as many for the
+    /// next request. Until then they are not anybody's: up to an eighth of the pool is in senders' hands, and comes back when others wait.
+    pub fn reserve_at_once(
+        &self,
+        request: RequestId,
+        chunks: Vec<ChunkSpec>,
+        more: u32,
+        timeout: Option<Duration>,
+    ) -> Result<Reservation> {
+        self.declare(request, (chunks, more), timeout, true)
+    }
+
+    fn declare(
+        &self,
+        request: RequestId,
+        chunks: (Vec<ChunkSpec>, u32),
+        timeout: Option<Duration>,
+        at_once: bool,
+    ) -> Result<Reservation> {
         let timeout = timeout.unwrap_or(self.handle.config.request_timeout);
         let deadline = Instant::now() + timeout;
         let mut session = self.handle.session(deadline)?;
-        let ticket = match session.reserve(request.clone(), (chunks.clone(), more), deadline) {
+        let ticket = match session.reserve(request.clone(), chunks.clone(), deadline, at_once) {
             // It ended between being looked at and being used: once more, over a new one.
             Err(_) if !session.is_open() => {
                 session = self.handle.session(deadline)?;
-                session.reserve(request, (chunks, more), deadline)?
+                session.reserve(request, chunks, deadline, at_once)?
             }
             result => result?,
         };

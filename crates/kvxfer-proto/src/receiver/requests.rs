@@ -2,10 +2,11 @@
 
 use super::{
     Attempt, BTreeSet, ErrorCode, Event, Hold, Integrity, Message, Output, Owner, PeerId, Placement,
-    Receiver, RequestId, Slot, Time, VecDeque, clip, slot_of,
+    Receiver, RequestId, Slot, Source, Time, VecDeque, clip, slot_of,
 };
 use crate::pool::Origin;
 use crate::wire::{Check, ChunkSpec};
+use std::collections::HashMap;
 
 pub(super) struct Request {
     pub(super) peer: PeerId,
@@ -23,6 +24,10 @@ pub(super) struct Request {
     /// Chunks announced but not named yet, and the pages kept for them once admitted.
     pub(super) more: u32,
     pub(super) spares: Vec<Hold>,
+    /// The pages out of its sender's advance, one for each chunk; empty where it came without.
+    places: Vec<Hold>,
+    /// What was committed of chunks whose write is still somebody else's.
+    pub(super) early: HashMap<u32, Check>,
     declared: Time,
     timer: Option<Time>,
     /// Named chunks not published yet.
@@ -92,6 +97,8 @@ impl Request {
             deadline,
             more: 0,
             spares: Vec::new(),
+            places: Vec::new(),
+            early: HashMap::new(),
             declared: now,
             timer: None,
             undone: specs.len() as u32,
@@ -102,6 +109,11 @@ impl Request {
     /// Under way, of this peer and id.
     pub(super) fn is(&self, peer: &PeerId, id: &RequestId) -> bool {
         self.phase != Phase::Ended && self.id == *id && self.peer == *peer
+    }
+
+    /// Whether that page of a chunk's came out of the sender's advance.
+    pub(super) fn is_place(&self, chunk: u32, hold: Hold) -> bool {
+        self.places.get(chunk as usize) == Some(&hold)
     }
 
     pub(super) fn send(&self, outputs: &mut VecDeque<Output>, message: Message) {
@@ -166,36 +178,69 @@ impl Receiver {
             if need > 0 && !pages_allowed {
                 return Attempt::Waits;
             }
-            let placements = match self.pool.admit(owner, &r.specs, r.more) {
-                Ok(None) => return Attempt::Waits,
-                Ok(Some(admitted)) => {
-                    r.spares = admitted.spares;
-                    admitted.placements
-                }
-                Err(conflict) => {
-                    self.end(now, owner, ErrorCode::Mismatch, &conflict.to_string(), false);
-                    return Attempt::LeftFree;
-                }
-            };
-            for (state, placement) in r.chunks.iter_mut().zip(placements) {
-                *state = match placement {
-                    Placement::Write(hold) => ChunkState::Granted(hold),
-                    Placement::Pending(hold) => ChunkState::Pending(hold),
-                    Placement::Present(hold) => {
-                        r.undone -= 1;
-                        ChunkState::Present(hold)
-                    }
-                };
+            let more = r.more;
+            match self.admit(now, owner, Source::Room(more)) {
+                false => Attempt::Waits,
+                true if need == 0 => Attempt::LeftFree,
+                true => Attempt::Left,
             }
-            r.phase = Phase::Active;
-            self.active += 1;
-            self.renew(now, owner);
-            self.grant(owner);
-            self.finish_if_done(now, owner);
-            if need == 0 { Attempt::LeftFree } else { Attempt::Left }
         });
         debug_assert!(self.queue.is_empty(), "nothing is declared while the queue is run");
         self.queue = queue;
+        self.recall();
+    }
+
+    /// Admits a request or refuses it for good; false when there is no room for it now.
+    pub(super) fn admit(&mut self, now: Time, owner: Owner, source: Source<'_>) -> bool {
+        let Some(r) = self.requests.get_mut(&owner) else { return true };
+        let placements = match self.pool.admit(owner, &r.specs, source) {
+            Ok(None) => return false,
+            Ok(Some(admitted)) => {
+                r.spares = admitted.spares;
+                admitted.placements
+            }
+            Err(conflict) => {
+                self.end(now, owner, ErrorCode::Mismatch, &conflict.to_string(), false);
+                return true;
+            }
+        };
+        for (state, placement) in r.chunks.iter_mut().zip(&placements) {
+            *state = match *placement {
+                Placement::Write(hold) => ChunkState::Granted(hold),
+                Placement::Pending(hold) => ChunkState::Pending(hold),
+                Placement::Present(hold) => {
+                    r.undone -= 1;
+                    ChunkState::Present(hold)
+                }
+            };
+        }
+        r.phase = Phase::Active;
+        if let Source::Advance(_, places) = source {
+            r.places = places.to_vec();
+            let (peer, channel) = (r.peer.clone(), r.channel);
+            let taken = placements.into_iter().filter_map(|p| match p {
+                Placement::Write(hold) | Placement::Pending(hold) => Some(hold),
+                Placement::Present(_) => None,
+            });
+            self.taken_from(&peer, channel, taken);
+        }
+        self.active += 1;
+        self.renew(now, owner);
+        self.grant(owner);
+        self.finish_if_done(now, owner);
+        true
+    }
+
+    /// A page that was kept for a chunk is not needed. The sender may be writing to one of its advance.
+    fn let_go(&mut self, owner: Owner, chunk: u32, hold: Hold) {
+        let Some(r) = self.requests.get_mut(&owner) else { return };
+        r.early.remove(&chunk);
+        if r.is_place(chunk, hold) {
+            let (peer, channel) = (r.peer.clone(), r.channel);
+            self.back_to(&peer, channel, owner, hold);
+        } else {
+            self.pool.give_back(owner, hold);
+        }
     }
 
     /// Tells the sender where its chunks go; also the answer to a repeated declaration.
@@ -225,12 +270,12 @@ impl Receiver {
         for (waiter, chunk) in waiters {
             let Some(w) = self.requests.get_mut(&waiter) else { continue };
             if let ChunkState::Pending(spare) = w.chunks[chunk as usize] {
-                self.pool.give_back(waiter, spare);
                 w.chunks[chunk as usize] = ChunkState::Present(hold);
                 w.undone -= 1;
                 let (channel, serial) = (w.channel, w.serial);
                 let resolved = Message::Resolved { channel, serial, chunk, slot: Slot::Present };
                 w.send(&mut self.outputs, resolved);
+                self.let_go(waiter, chunk, spare);
                 self.finish_if_done(now, waiter);
             }
         }
@@ -301,7 +346,7 @@ impl Receiver {
                 ChunkState::Present(hold) | ChunkState::Done(hold) => self.pool.settle(hold, false, now),
                 ChunkState::Pending(spare) => {
                     self.pool.stop_waiting(owner, key);
-                    self.pool.give_back(owner, spare);
+                    self.let_go(owner, i as u32, spare);
                 }
                 ChunkState::Granted(hold) | ChunkState::Verifying(hold) => {
                     let next = self.pool.fail_write(owner, key);
@@ -313,7 +358,7 @@ impl Receiver {
                         r.quarantine.push(hold);
                     }
                     if let Some((waiter, chunk)) = next {
-                        self.take_over(waiter, chunk);
+                        self.take_over(now, waiter, chunk);
                     }
                 }
             }
@@ -326,13 +371,16 @@ impl Receiver {
     }
 
     /// The write a request waited for has failed: it writes the chunk itself, to the spare it has held for that.
-    fn take_over(&mut self, waiter: Owner, chunk: u32) {
+    fn take_over(&mut self, now: Time, waiter: Owner, chunk: u32) {
         let Some(w) = self.requests.get_mut(&waiter) else { return };
         if let ChunkState::Pending(spare) = w.chunks[chunk as usize] {
             w.chunks[chunk as usize] = ChunkState::Granted(spare);
             let (channel, serial) = (w.channel, w.serial);
             let resolved = Message::Resolved { channel, serial, chunk, slot: slot_of(spare) };
             w.send(&mut self.outputs, resolved);
+            if let Some(check) = w.early.remove(&chunk) {
+                self.commit(now, waiter, chunk, spare.generation, check);
+            }
         }
     }
 
@@ -400,11 +448,14 @@ impl Receiver {
             })
             .count()
             + self.requests.values().map(|r| r.spares.len()).sum::<usize>();
-        let quarantined: usize = self.requests.values().map(|r| r.quarantine.len()).sum();
+        let (advanced, late) = self.check_advances()?;
+        let quarantined = self.requests.values().map(|r| r.quarantine.len()).sum::<usize>() + late as usize;
         let counts = self.pool.counts();
-        if held != counts.writing as usize || quarantined != counts.quarantined as usize {
+        if (held, quarantined, advanced)
+            != (counts.writing as usize, counts.quarantined as usize, counts.advanced)
+        {
             return Err(format!(
-                "requests hold {held} pages, {quarantined} in quarantine; the pool says {counts:?}"
+                "requests hold {held} pages, {quarantined} in quarantine, {advanced} in advance; the pool says {counts:?}"
             ));
         }
         Ok(())

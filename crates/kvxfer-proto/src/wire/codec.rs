@@ -89,7 +89,7 @@ pub fn decode(payload: &[u8]) -> Result<Message, WireError> {
 }
 
 /// Names of all messages, as on the wire.
-const TYPES: [&str; 31] = [
+const TYPES: [&str; 34] = [
     "hello",
     "auth",
     "offers",
@@ -103,6 +103,9 @@ const TYPES: [&str; 31] = [
     "attached",
     "detach",
     "reserve",
+    "advance",
+    "recall",
+    "return",
     "extend",
     "extended",
     "grant",
@@ -183,8 +186,12 @@ fn check(message: &Message) -> Result<(), WireError> {
             limit("attached.text", text.len(), MAX_TEXT)?;
             region.as_ref().map_or(Ok(()), advert)
         }
-        Message::Reserve { chunks, more, .. } => {
-            limit("reserve.chunks", chunks.len().saturating_add(*more as usize), MAX_CHUNKS)
+        Message::Reserve { chunks, more, places, .. } => {
+            limit("reserve.chunks", chunks.len().saturating_add(*more as usize), MAX_CHUNKS)?;
+            limit("reserve.places", places.len(), MAX_CHUNKS)
+        }
+        Message::Advance { pages, .. } | Message::Return { pages, .. } => {
+            limit("pages", pages.len(), MAX_CHUNKS)
         }
         Message::Extend { first, chunks, .. } => {
             limit("extend.chunks", chunks.len().saturating_add(*first as usize), MAX_CHUNKS)
@@ -211,6 +218,7 @@ fn check(message: &Message) -> Result<(), WireError> {
         | Message::Ready { .. }
         | Message::Abort { .. }
         | Message::Renew { .. }
+        | Message::Recall { .. }
         | Message::Release { .. }
         | Message::Released { .. }
         | Message::Ping { .. }

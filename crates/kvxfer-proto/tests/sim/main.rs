@@ -4,7 +4,7 @@ mod world;
 
 use kvxfer_proto::ErrorCode;
 use kvxfer_proto::pool::Known;
-use kvxfer_proto::receiver::Event;
+use kvxfer_proto::receiver::{Event, Settings};
 use proptest::prelude::*;
 use world::{Action, Faults, World, key, settings};
 
@@ -309,6 +309,99 @@ fn pins_of_a_reader_that_was_killed_are_given_back_at_once() {
     w.run();
 }
 
+/// A world whose first sender has two pages in advance, as it asked for with the request before.
+fn ahead(pages: u32, senders: usize) -> World {
+    let settings = Settings { advance: 2 * senders as u32, ..settings(pages) };
+    let mut w = World::new(settings, senders, Faults::default());
+    w.schedule(0, Action::AtOnce { sender: 0 });
+    w.schedule(0, request(0, 50, 2));
+    w.run_until(50);
+    assert_eq!((ok(&w, 0).written, w.receiver.stats().pages.advanced), (2, 2));
+    w
+}
+
+#[test]
+fn pages_in_advance_are_written_before_the_receiver_has_answered() {
+    let mut w = ahead(8, 1);
+    w.delay = Some(20);
+    w.schedule(60, request(0, 0, 2));
+    w.run_until(75);
+    assert_eq!(w.landed(0..2), 2, "the declaration has not arrived yet");
+    w.run_until(150);
+    assert_eq!((ok(&w, 1).written, ok(&w, 1).bytes), (2, 200));
+    assert!((0..2).all(|n| w.receiver.known(&key(n)) == Known::Published(100)));
+    assert_eq!(w.receiver.stats().pages.advanced, 2, "for the next one");
+    w.run();
+}
+
+#[test]
+fn a_page_in_advance_comes_back_when_its_chunk_is_there_already() {
+    let mut w = ahead(8, 2);
+    w.schedule(60, request(1, 0, 1));
+    w.schedule(100, request(0, 0, 2));
+    w.run_until(200);
+    assert_eq!((ok(&w, 2).written, ok(&w, 2).present), (1, 1));
+    let pages = w.receiver.stats().pages;
+    assert_eq!((pages.published, pages.free + pages.advanced), (4, 4), "{pages:?}");
+    w.run();
+}
+
+#[test]
+fn a_page_in_advance_waits_for_the_write_of_another_request() {
+    for gives_up in [false, true] {
+        let mut w = ahead(8, 2);
+        let slow = Action::Request { sender: 1, first: 0, count: 1, deadline_ms: 900, supply_after_ms: 200 };
+        w.schedule(60, slow);
+        w.schedule(70, request(0, 0, 2));
+        if gives_up {
+            w.schedule(150, Action::Abort { sender: 1 });
+        }
+        w.run_until(140);
+        assert!(w.result(2).is_none(), "its first chunk is another's to write");
+        w.run_until(400);
+        let summary = ok(&w, 2);
+        assert_eq!((summary.written, summary.present), if gives_up { (2, 0) } else { (1, 1) });
+        w.run();
+    }
+}
+
+#[test]
+fn a_page_in_advance_comes_back_with_a_request_that_ends() {
+    let mut w = ahead(8, 2);
+    w.schedule(60, Action::Request { sender: 1, first: 0, count: 1, deadline_ms: 900, supply_after_ms: 500 });
+    w.schedule(70, request(0, 0, 2));
+    w.schedule(150, Action::Abort { sender: 0 });
+    w.run_until(200);
+    assert_eq!(code(&w, 2), ErrorCode::Cancelled);
+    let pages = w.receiver.stats().pages;
+    assert_eq!((pages.writing, pages.advanced, pages.quarantined), (1, 2, 0), "{pages:?}");
+    w.run();
+}
+
+#[test]
+fn pages_in_advance_are_recalled_for_who_waits() {
+    let mut w = ahead(6, 2);
+    w.schedule(60, request(1, 0, 6));
+    for n in 50..52 {
+        w.schedule(55, Action::Consume { key: n, hold_ms: 1, remove: true });
+    }
+    w.run_until(200);
+    assert_eq!(ok(&w, 1).written, 6, "with all pages of the pool");
+    w.run();
+}
+
+#[test]
+fn a_killed_sender_s_pages_in_advance_wait_until_it_cannot_write() {
+    let mut w = ahead(8, 2);
+    w.schedule(60, Action::Kill { sender: 0, silent_ms: 100 });
+    w.run_until(100);
+    let pages = w.receiver.stats().pages;
+    assert_eq!((pages.advanced, pages.quarantined), (0, 2));
+    w.run_until(200);
+    assert_eq!(w.receiver.stats().pages.free, 6);
+    w.run();
+}
+
 fn stepwise(sender: usize, first: u32, count: u32, named: u32, extra: u32) -> Action {
     Action::Stepwise { sender, first, count, named, extra, deadline_ms: 1900, supply_after_ms: 100 }
 }
@@ -327,6 +420,7 @@ fn actions(senders: usize, restarts: bool) -> impl Strategy<Value = Vec<(u64, Ac
             }
         ),
         1 => sender.clone().prop_map(|sender| Action::Abort { sender }),
+        3 => sender.clone().prop_map(|sender| Action::AtOnce { sender }),
         1 => (sender.clone(), 0..400u64).prop_map(|(sender, silent_ms)| Action::Kill { sender, silent_ms }),
         1 => (sender.clone(), 0..900u64).prop_map(|(sender, ms)| Action::Stop { sender, ms }),
         1 => sender.clone().prop_map(|sender| Action::Disconnect { sender }),
@@ -386,12 +480,16 @@ proptest! {
     fn without_faults_every_request_succeeds(
         pages in 12..20u32,
         requests in proptest::collection::vec((0..3usize, 0..24u32, 1..13u32, 0..100u64, 0..50u64), 1..6),
+        at_once in proptest::collection::vec(any::<bool>(), 3),
     ) {
         let mut settings = settings(pages);
         settings.admission_timeout = std::time::Duration::from_secs(60);
         settings.retention = std::time::Duration::from_millis(500);
         let mut w = World::new(settings, 3, Faults::default());
         let n = requests.len();
+        for sender in (0..3).filter(|s| at_once[*s]) {
+            w.schedule(0, Action::AtOnce { sender });
+        }
         for (sender, first, count, at, supply_after_ms) in requests {
             w.schedule(at, Action::Request { sender, first, count, deadline_ms: 60_000, supply_after_ms });
         }

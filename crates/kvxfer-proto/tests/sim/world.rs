@@ -5,7 +5,7 @@
 use kvxfer_proto::pool::{Hold, Known, Use};
 use kvxfer_proto::query::Asker;
 use kvxfer_proto::receiver::{self, Event, PeerId, Receiver, Settings, Verify};
-use kvxfer_proto::sender::{self, Failure, Sender, Write};
+use kvxfer_proto::sender::{self, Declaration, Failure, Sender, Write};
 use kvxfer_proto::wire::{Check, ChunkSpec, FoundChunk, Message, Slot};
 use kvxfer_proto::{
     AgentName, ChunkKey, Epoch, ErrorCode, Generation, Geometry, Integrity, PageIndex, RequestId, Time,
@@ -85,6 +85,10 @@ pub(crate) enum Action {
         lease_ms: u64,
         read_ms: u64,
     },
+    /// From now on this sender's requests want pages in advance.
+    AtOnce {
+        sender: usize,
+    },
     RestartReceiver,
 }
 
@@ -143,6 +147,7 @@ struct Tx {
     machine: Option<Sender>,
     asker: Option<Asker>,
     stopped: bool,
+    at_once: bool,
     named: u32,
     held: Vec<Message>,
     last_arrival: [Time; 2],
@@ -162,6 +167,8 @@ pub(crate) struct World {
     pub(crate) requests: Vec<Request>,
     pub(crate) events: Vec<Event>,
     pub(crate) read_backs: Vec<ReadBack>,
+    /// Milliseconds that every message takes, instead of what the faults choose.
+    pub(crate) delay: Option<u64>,
     settings: Settings,
     generation_of_receiver: u64,
     senders: Vec<Tx>,
@@ -178,6 +185,7 @@ pub(crate) struct World {
     connections: u64,
     gone: BTreeSet<PeerId>,
     last_generation: HashMap<PageIndex, Generation>,
+    advanced: HashSet<(PageIndex, Generation)>,
 }
 
 pub(crate) fn key(n: u32) -> ChunkKey {
@@ -193,6 +201,7 @@ pub(crate) fn settings(pages: u32) -> Settings {
         admission_timeout: Duration::from_secs(2),
         max_queue: 64,
         retention: Duration::from_secs(3),
+        advance: pages / 3,
     }
 }
 
@@ -205,6 +214,7 @@ impl World {
             requests: Vec::new(),
             events: Vec::new(),
             read_backs: Vec::new(),
+            delay: None,
             settings,
             generation_of_receiver: 0,
             senders: Vec::new(),
@@ -221,6 +231,7 @@ impl World {
             connections: 0,
             gone: BTreeSet::new(),
             last_generation: HashMap::new(),
+            advanced: HashSet::new(),
         };
         for i in 0..senders {
             let peer = world.new_peer(i);
@@ -229,6 +240,7 @@ impl World {
                 machine: None,
                 asker: None,
                 stopped: false,
+                at_once: false,
                 named: 0,
                 held: Vec::new(),
                 last_arrival: [Time(0); 2],
@@ -428,6 +440,7 @@ impl World {
                 let seen = Vec::new();
                 self.read_backs.push(ReadBack { peer, query, first, read_ms, seen, result: None });
             }
+            Action::AtOnce { sender } => self.senders[sender].at_once = true,
             Action::RestartReceiver => {
                 for i in 0..self.senders.len() {
                     self.disconnect(i);
@@ -439,6 +452,7 @@ impl World {
                 self.verified.clear();
                 self.handed_out.clear();
                 self.last_generation.clear();
+                self.advanced.clear();
                 self.pins.clear();
                 for i in 0..self.senders.len() {
                     self.at(self.now + Duration::from_millis(50), Ev::Connect(i));
@@ -461,11 +475,13 @@ impl World {
         let name = RequestId::new(format!("request-{}", self.senders[i].named)).expect("valid");
         self.senders[i].named += 1;
         let mut specs: Vec<_> = (first..first + count).map(|n| ChunkSpec { key: key(n), len: LEN }).collect();
-        let stopped = self.senders[i].stopped;
+        let Tx { stopped, at_once, .. } = self.senders[i];
         let Some(m) = self.machine(&peer).filter(|_| !stopped) else { return };
         let later = specs.split_off(named.clamp(1, count) as usize);
         let more = later.len() as u32 + if later.is_empty() { 0 } else { extra };
-        if let Ok(serial) = m.reserve(now, name.clone(), specs.clone(), more, deadline, Integrity::Full) {
+        let (request, specs_, integrity) = (name.clone(), specs.clone(), Integrity::Full);
+        let declaration = Declaration { request, specs: specs_, more, deadline, integrity, at_once };
+        if let Ok(serial) = m.reserve(now, declaration) {
             let at = |chunk: u32| {
                 now + Duration::from_millis(supply_after_ms * u64::from(chunk + 1) / u64::from(count))
             };
@@ -721,6 +737,15 @@ impl World {
                 slots.iter().zip(*first..).for_each(|(s, chunk)| see(*serial, chunk, s));
             }
             Message::Resolved { serial, chunk, slot, .. } => see(*serial, *chunk, slot),
+            Message::Advance { pages, .. } => {
+                for h in pages {
+                    let fresh = !self.handed_out.contains_key(&(h.page, h.generation));
+                    assert!(
+                        self.advanced.insert((h.page, h.generation)) && fresh,
+                        "{h:?} was handed out twice"
+                    );
+                }
+            }
             _ => {}
         }
     }
@@ -732,7 +757,8 @@ impl World {
         }
         let copies = if duplicate && self.chance(24) { 2 } else { 1 };
         for _ in 0..copies {
-            let mut at = self.now + Duration::from_micros(50 + 100 * u64::from(self.choose()));
+            let chosen = Duration::from_micros(50 + 100 * u64::from(self.choose()));
+            let mut at = self.now + self.delay.map_or(chosen, Duration::from_millis);
             if let Some(tx) = self.senders.iter_mut().find(|t| t.peer == *peer)
                 && !reorder
             {
@@ -748,7 +774,7 @@ impl World {
     fn oracle(&mut self) {
         self.receiver.check().unwrap_or_else(|e| panic!("bookkeeping: {e}"));
         let stats = self.receiver.stats().pages;
-        let sum = stats.free + stats.writing + stats.published + stats.quarantined;
+        let sum = stats.free + stats.writing + stats.advanced + stats.published + stats.quarantined;
         assert_eq!(sum, self.settings.layout.pages(), "{stats:?}");
         for page in (0..self.settings.layout.pages()).map(PageIndex) {
             let (_, generation) = self.receiver.page(page).expect("in the pool");
@@ -758,7 +784,8 @@ impl World {
         for ((peer, ..), f) in &self.flights {
             let (usage, generation) = self.receiver.page(f.write.page).expect("in the pool");
             assert!(
-                generation == f.write.generation && matches!(usage, Use::Held | Use::Quarantined),
+                generation == f.write.generation
+                    && matches!(usage, Use::Held | Use::Advanced | Use::Quarantined),
                 "{peer:?} writes {:?}, the page is {usage:?} of generation {generation}",
                 f.write
             );
@@ -813,6 +840,11 @@ impl World {
     pub(crate) fn run_until(&mut self, ms: u64) {
         self.at(Time(ms * MS), Ev::Wake);
         self.run_agenda(Time(ms * MS));
+    }
+
+    /// How many of these chunks' bytes lie in some page, whether the receiver knows or not.
+    pub(crate) fn landed(&self, keys: std::ops::Range<u32>) -> usize {
+        keys.map(key).filter(|k| self.pages.contains(&Content::Chunk(k.clone()))).count()
     }
 
     pub(crate) fn result(&self, i: usize) -> Option<&Result<sender::Summary, Failure>> {

@@ -14,7 +14,7 @@ import prometheus_client as prometheus
 
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _LABELS = ("model_name", "rank")
-_STATES = ("free", "writing", "published", "pinned", "quarantined")
+_STATES = ("free", "writing", "advanced", "published", "pinned", "quarantined")
 
 
 @cache

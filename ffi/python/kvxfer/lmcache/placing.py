@@ -66,12 +66,9 @@ class Places(GivenMemory):
         placed.kvxfer_placed = True
         return placed
 
-    def are(self, memory_objs: Sequence[MemoryObj]) -> bool:
+    def are(self, memory_objs: list[MemoryObj]) -> bool:
         """Whether these are the chunks of the store, each in its place."""
-        given = self._given
-        return len(memory_objs) == len(self._places) == len(given) and all(
-            a is not None and a is b for a, b in zip(given, memory_objs, strict=True)
-        )
+        return len(self._given) == len(self._places) and self._given == memory_objs
 
     @property
     def bytes(self) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from kvxfer.agent import Agent
 from kvxfer.gpu import Fence
 from kvxfer.lmcache import settings
+from kvxfer.lmcache.arrivals import Arrival, Request
 from kvxfer.lmcache.buffer import Staging, buffer_of, valid_bytes
 from kvxfer.lmcache.metrics import PdMetrics
 from kvxfer.lmcache.placing import KnownChunks, Places, is_placed
@@ -43,45 +44,36 @@ class Spec:
     total_chunks: int = 0
 
 
-class _Arrival(Future):
-    """The end of a request. Who waits for it looks after the outbox itself for a moment: most requests end in less time than it takes
-    to wake the backend's thread for them."""
+class _Store:
+    """A store of a cache engine, on the thread that is at it: a context manager, once."""
 
-    def __init__(self, prefiller: Prefiller):
-        super().__init__()
-        self._prefiller = prefiller
+    __slots__ = ("_chunks", "_of", "_spec", "began", "places", "stream", "vllm")
 
-    def result(self, timeout: float | None = None) -> int:
-        self._prefiller.attend(self)
-        return super().result(timeout)
+    def __init__(
+        self,
+        of: Prefiller | None = None,
+        vllm: str | None = None,
+        spec: Any = None,
+        stream: Any = None,
+        chunks: KnownChunks | None = None,
+    ):
+        self.began: float | None = None
+        self.places: Places | None = None
+        self.stream, self.vllm = stream, vllm
+        self._of, self._spec, self._chunks = of, spec, chunks
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._prefiller.attend(self)
-        return super().exception(timeout)
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+        self._of.begin(self, self._spec, self._chunks)
+
+    def __exit__(self, *_: object) -> None:
+        self._of.end(self)
 
 
-class _Store(threading.local):
-    """The store that a thread is at."""
+class _Local(threading.local):
+    """The store that a thread is at; one that has not begun when it is at none."""
 
-    began: float | None = None
-    vllm: str | None = None
-    stream: Any = None
-    places: Places | None = None
-
-
-@dataclass(slots=True)
-class _Request:
-    """A request on its way, as far as log lines and futures need it."""
-
-    name: str
-    future: _Arrival
-    vllm: str | None = None
-    tokens: int = 0
-    size: int = 0
-    offload: float = 0.0
-    chunks: int = 0
-    placed: int = 0
-    last: bool = False
+    store = _Store()
 
 
 class _Step(NamedTuple):
@@ -92,6 +84,8 @@ class _Step(NamedTuple):
     first: bool
     last: bool
     total: int
+    own: bool
+    """Of a request that brought no `disagg_spec`."""
 
 
 class Prefiller:
@@ -111,22 +105,23 @@ class Prefiller:
         )
         self._reading = Reading(agent, c, self._region)
         self._lock = threading.Lock()
-        self._local = _Store()
+        self._local = _Local()
         self._device = self._region.device
         # Memory objects of the batches that are not released, and what else waits for that.
         self._batches: dict[int, tuple[list[MemoryObj], list[Any], Callable | None]] = {}
         self._early: set[int] = set()
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
+        self._spare: Arrival | None = None
         # vLLM's name of a request to the proxy's.
         self._names: dict[str, str] = {}
         # Requests that have ended and are still to be counted and told of.
-        self._ends: list[tuple[Ended, _Request]] = []
+        self._ends: list[tuple[Ended, Request]] = []
         self._steps = itertools.count(1)
         self._in_place = c.pd.in_place
         self._closed = False
 
     def allocate(self, shapes: Any, dtypes: Any, fmt: MemoryFormat) -> MemoryObj | None:
-        places = self._local.places
+        places = self._local.store.places
         placed = places.next(shapes, dtypes, fmt) if places is not None else None
         if placed is not None:
             return placed
@@ -160,24 +155,34 @@ class Prefiller:
             known = self._requests.get(str(transfer_spec.req_id))
             return known.tokens if known is not None and request is not None and known.vllm == request else 0
 
-    @contextlib.contextmanager
     def storing(
         self, request: str | None, transfer_spec: Any, stream: Any = None, chunks: KnownChunks | None = None
-    ) -> Iterator[None]:
-        local = self._local
-        local.began, local.vllm, local.stream = time.perf_counter(), request, stream
-        if request is not None and not isinstance(transfer_spec, Spec):
+    ) -> contextlib.AbstractContextManager:
+        return _Store(self, request, transfer_spec, stream, chunks)
+
+    def begin(self, store: _Store, spec: Any, chunks: KnownChunks | None) -> None:
+        """The calling thread is at that store from now on."""
+        self._local.store = store
+        if store.vllm is not None and not isinstance(spec, Spec):
             with self._lock:
-                self._names[request] = str(transfer_spec.req_id)
-        try:
-            local.places = None if chunks is None or not self._in_place else self._place(chunks.chunks, transfer_spec)
-            yield
-        finally:
-            places = local.places
-            if places is not None and not places.put:
-                # The store ended early: nobody will ever fill them.
-                self._outbox.give_up(places.step.name, self._complete_at())
-            local.began = local.vllm = local.stream = local.places = None
+                self._names[store.vllm] = str(spec.req_id)
+        if chunks is not None and self._in_place:
+            try:
+                store.places = self._place(chunks.chunks, spec)
+            except BaseException:
+                self._local.store = _Local.store
+                raise
+
+    def end(self, store: _Store) -> None:
+        """It is at none."""
+        places = store.places
+        self._local.store = _Local.store
+        # What is under way needs nobody now: time for what the next one needs.
+        if self._spare is None:
+            self._spare = Arrival(self.attend)
+        if places is not None and not places.put:
+            # The store ended early: nobody will ever fill them.
+            self._outbox.give_up(places.step.name, self._complete_at(store))
 
     def _place(self, chunks: Sequence[tuple[Any, int]], spec: Any) -> Places:
         """Asks for pages at the decoder for the chunks of a step."""
@@ -204,18 +209,17 @@ class Prefiller:
 
     def _step(self, spec: Any) -> _Step:
         """What a `disagg_spec` says of the step that this thread is storing."""
-        vllm, name = self._local.vllm, str(spec.req_id)
+        vllm, name = self._local.store.vllm, str(spec.req_id)
         with self._lock:
             request = self._requests.get(name)
             goes_on = request is not None and vllm is not None and request.vllm == vllm and request.tokens > 0
         return _Step(
             name=name,
-            receiver=settings.address(
-                spec.receiver_host, settings.port_of(spec.receiver_init_port, self._config.tp_rank)
-            ),
+            receiver=settings.receiver(spec.receiver_host, spec.receiver_init_port, self._config.tp_rank),
             first=not goes_on and not getattr(spec, "num_transferred_tokens", 0),
             last=bool(spec.is_last_prefill),
             total=int(getattr(spec, "total_chunks", 0) or 0),
+            own=isinstance(spec, Spec),
         )
 
     def put(
@@ -228,45 +232,56 @@ class Prefiller:
         if spec is None:
             # A request for this instance alone: there is nobody to send it to.
             return None
-        c, local = self._config, self._local
-        places = local.places
-        if places is not None and places.step.name != str(spec.req_id):
-            places = None
-        step = places.step if places is not None else self._step(spec)
-        if places is not None:
-            places.put = True
-            if places.keys != list(keys):
-                # Fewer than were named, because there was no staging page for one: the decoder waits for it in vain.
-                self._outbox.give_up(step.name, self._complete_at())
-                logger.error(
-                    "kvxfer: request %s: only %d of %d chunks were stored; the decoder computes it",
-                    step.name,
-                    len(keys),
-                    len(places.keys),
-                )
-                return None
-        if places is not None and places.are(memory_objs):
-            # All of what was named lies where it is to be.
-            chunks, size, tokens, placed = [], places.bytes, places.tokens, len(memory_objs)
-        else:
-            chunks = self._chunks(keys, memory_objs)
-            size = sum(runs[0][1] for _, _, runs in chunks)
-            tokens, placed = sum(m.get_num_tokens() for m in memory_objs), sum(map(is_placed, memory_objs))
-        # Places are the decoder's: nobody's reference keeps them.
-        held = memory_objs if chunks else []
-        for memory_obj in held:
+        store = self._local.store
+        places = store.places
+        if places is None or places.step.name != str(spec.req_id):
+            return self._put(self._step(spec), keys, memory_objs, on_complete, store)
+        places.put = True
+        if places.keys != list(keys):
+            # Fewer than were named, because there was no staging page for one: the decoder waits for it in vain.
+            self._outbox.give_up(places.step.name, self._complete_at(store))
+            logger.error(
+                "kvxfer: request %s: only %d of %d chunks were stored; the decoder computes it",
+                places.step.name,
+                len(keys),
+                len(places.keys),
+            )
+            return None
+        if places.are(memory_objs):
+            return self._put_placed(places, keys, on_complete, store)
+        return self._put(places.step, keys, memory_objs, on_complete, store)
+
+    def _put_placed(
+        self, places: Places, keys: Sequence[Any], on_complete: Callable | None, store: _Store
+    ) -> list[Future]:
+        """All of what was named lies where it is to be."""
+        step = places.step
+        # First of all it is on its way; who hears of its end waits here until it is known.
+        with self._lock:
+            try:
+                self._outbox.put_placed(step.name, self._complete_at(store))
+            except BaseException:
+                self._requests.pop(step.name, None)
+                raise
+            count = len(places.keys)
+            request = self._note(step, store, (count, count), places.bytes, places.tokens)
+        self._let_go([], keys, on_complete)
+        return self._handed_over(step, request)
+
+    def _put(
+        self,
+        step: _Step,
+        keys: Sequence[Any],
+        memory_objs: list[MemoryObj],
+        on_complete: Callable | None,
+        store: _Store,
+    ) -> list[Future]:
+        chunks = self._chunks(keys, memory_objs)
+        size, tokens = sum(runs[0][1] for _, _, runs in chunks), sum(m.get_num_tokens() for m in memory_objs)
+        for memory_obj in memory_objs:
             memory_obj.ref_count_up()
         with self._lock:
-            request = self._requests.get(step.name)
-            if request is None or step.first:
-                request = self._requests[step.name] = _Request(step.name, _Arrival(self), local.vllm)
-            request.chunks += len(memory_objs)
-            request.placed += placed
-            request.size += size
-            request.last = step.last
-            request.tokens += tokens
-            if local.began is not None:
-                request.offload += time.perf_counter() - local.began
+            request = self._note(step, store, (len(memory_objs), sum(map(is_placed, memory_objs))), size, tokens)
         try:
             number = self._outbox.put(
                 step.name,
@@ -275,10 +290,10 @@ class Prefiller:
                 total=step.total,
                 first=step.first,
                 last=step.last,
-                after=self._complete_at(),
+                after=self._complete_at(store),
             )
         except BaseException:
-            for memory_obj in held:
+            for memory_obj in memory_objs:
                 memory_obj.ref_count_down()
             with self._lock:
                 self._requests.pop(step.name, None)
@@ -288,10 +303,29 @@ class Prefiller:
             released = not number or number in self._early
             self._early.discard(number)
             if not released:
-                self._batches[number] = (list(held), list(keys), on_complete)
+                self._batches[number] = (list(memory_objs), list(keys), on_complete)
         if released:
-            self._let_go(held, keys, on_complete)
-        if step.last and (c.pd.wait_for_arrival or isinstance(spec, Spec)):
+            self._let_go(memory_objs, keys, on_complete)
+        return self._handed_over(step, request)
+
+    def _note(self, step: _Step, store: _Store, counts: tuple[int, int], size: int, tokens: int) -> Request:
+        """Notes a step of a request: chunks, and how many of them in their places. The lock is held."""
+        request = self._requests.get(step.name)
+        if request is None or step.first:
+            arrival, self._spare = self._spare or Arrival(self.attend), None
+            request = self._requests[step.name] = Request(step.name, arrival, store.vllm)
+        request.chunks += counts[0]
+        request.placed += counts[1]
+        request.size += size
+        request.last = step.last
+        request.tokens += tokens
+        if store.began is not None:
+            request.offload += time.perf_counter() - store.began
+        return request
+
+    def _handed_over(self, step: _Step, request: Request) -> list[Future]:
+        # Of a request without a `disagg_spec` nobody is told when it has arrived.
+        if step.last and (self._config.pd.wait_for_arrival or step.own):
             self._wait_for(request)
         return [request.future]
 
@@ -305,14 +339,14 @@ class Prefiller:
             for key, m in zip(keys, memory_objs, strict=True)
         ]
 
-    def _complete_at(self) -> Fence | None:
+    def _complete_at(self, store: _Store) -> Fence | None:
         """When the pages of this step are full: LMCache waits for its copies where pages are host memory, on a GPU they go on."""
         if self._device is None:
             return None
-        stream = self._local.stream
+        stream = store.stream
         return Fence(torch.cuda.current_stream() if stream is None else stream, self._device)
 
-    def _wait_for(self, request: _Request) -> None:
+    def _wait_for(self, request: Request) -> None:
         try:
             request.future.result(self._config.pd.request_timeout + self._config.pd.patience)
         except Exception as e:
@@ -324,12 +358,15 @@ class Prefiller:
         with self._lock:
             ends, self._ends = self._ends, []
         for event, request in ends:
-            self._tell(event, request)
+            self._metrics.ended(event)
+            request.tell(event)
+            # Lets go of the interpreter: many may have ended, and none of this is urgent.
+            time.sleep(0)
 
     def attend(self, arrival: Future) -> None:
         """Does what cannot wait of the work of the backend's thread, for a moment and until a request has ended."""
-        while not arrival.done() and self._outbox.attend(_MOMENT_S):
-            for event in self._outbox.events(0):
+        while not arrival.done() and (happened := self._outbox.attend(_MOMENT_S)):
+            for event in happened:
                 self._happened(event)
 
     def _happened(self, event: Released | Ended) -> None:
@@ -357,53 +394,10 @@ class Prefiller:
 
     def _ended(self, event: Ended) -> None:
         with self._lock:
-            request = self._requests.pop(event.request, None) or _Request(event.request, _Arrival(self))
-        if not request.future.done():
-            if event.failure is None:
-                request.future.set_result(request.chunks)
-            else:
-                request.future.set_exception(event.failure)
-        # Who waits for the request goes on; counting and telling is the backend's thread's.
-        with self._lock:
+            request = self._requests.pop(event.request, None) or Request(event.request, Arrival(self.attend))
+            # Who waits for the request goes on; counting and telling is the backend's thread's.
             self._ends.append((event, request))
-
-    def _tell(self, event: Ended, request: _Request) -> None:
-        """Counts a request that has ended, and says so in the log."""
-        self._metrics.ended(event)
-        report, failure = event.report, event.failure
-        if report is not None:
-            took = request.offload + event.after_last_seconds
-            logger.info(
-                "Store %d tokens takes: %.4f ms, throughput: %.4f GB/s; offload_time: %.4f ms, put_time: %.4f ms",
-                request.tokens,
-                1e3 * took,
-                request.size / took / 1024**3 if took else 0.0,
-                1e3 * request.offload,
-                1e3 * event.after_last_seconds,
-            )
-            logger.info(
-                "kvxfer: request %s has arrived: %d chunks, %d bytes over %s, %d chunks were gathered in place, %d were there already, "
-                "admitted after %.3f ms",
-                event.request,
-                report.written,
-                report.bytes,
-                report.transport,
-                request.placed,
-                report.present,
-                1e3 * report.queued_seconds,
-            )
-            return
-        hint = (
-            " (PYTHONHASHSEED must be the same number on all instances)" if "hash_seed differs" in str(failure) else ""
-        )
-        logger.error(
-            "kvxfer: request %s has not arrived (%s%s): %s%s. The decoder computes it",
-            event.request,
-            failure.name,
-            "" if failure.retryable else ", will not get better by itself",
-            failure,
-            hint,
-        )
+        request.ended(event.failure)
 
     def vllm_finished(self, requests: set[str]) -> None:
         """A request whose last step never came was aborted: its pages at the decoder are given back now."""

@@ -146,6 +146,16 @@ def address(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp://{host}:{port}"
 
 
+def receiver(host: str, ports: Any, rank: int) -> str:
+    """Where a rank's receiver listens."""
+    return _receiver(host, tuple(ports) if isinstance(ports, list) else ports, rank)
+
+
+@lru_cache(maxsize=4096)
+def _receiver(host: str, ports: Any, rank: int) -> str:
+    return address(host, port_of(ports, rank))
+
+
 def hash_seed(config: Any) -> str:
     """What LMCache's keys depend on beside the tokens. Unequal on two sides, no key of one is found by the other."""
     seed = os.environ.get("PYTHONHASHSEED")

@@ -107,6 +107,11 @@ def _serve_channel(pipe, url, peer_lookup_url):
             pipe.send(writing.result(20))
 
 
+def empty_pages(stats):
+    """Pages of a decoder that hold nothing: free ones, and those that a prefiller has in advance."""
+    return stats.free_pages + stats.advanced
+
+
 def free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
     try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import far_side
-from far_side import CHUNK, PAGES, content, fill, free_ports, key
+from far_side import CHUNK, PAGES, content, empty_pages, fill, free_ports, key
 from kvxfer.errors import KvxferError
 
 SOON = 30
@@ -142,7 +142,7 @@ def test_a_request_arrives_whole_and_goes_with_its_taker(decoder, prefiller, por
     assert put(backend, [1, 2, 3], spec(ports[0], "a"), last_tokens=5).result(SOON) == 3
     assert decoder.ask("contains", [1, 2, 3, 4]) == 3
     assert [decoder.ask("take", 1, CHUNK), decoder.ask("take", 2, CHUNK), decoder.ask("take", 3, 5)] == [True] * 3
-    assert decoder.ask("stats").free_pages == PAGES
+    assert empty_pages(decoder.ask("stats")) == PAGES
     staging_is_free(backend)
 
 
@@ -150,18 +150,18 @@ def test_a_prefill_in_steps_reserves_all_its_pages_at_once(decoder, prefiller, p
     a, b = prefiller(), prefiller()
     put(a, [1, 2], spec(ports[0], "a", last=False, total=6))
     decoder.until(lambda s: s.published == 2, "the first step")
-    assert decoder.ask("stats").free_pages == PAGES - 6
+    assert empty_pages(decoder.ask("stats")) == PAGES - 6
     # The other prompt does not fit beside it: it waits and holds nothing.
     other = put(b, [11, 12], spec(ports[0], "b", last=False, total=6))
     decoder.until(lambda s: s.queued == 1, "the second request")
-    assert decoder.ask("stats").free_pages == PAGES - 6
+    assert empty_pages(decoder.ask("stats")) == PAGES - 6
     whole = put(a, [3, 4, 5, 6], spec(ports[0], "a", before=2 * CHUNK))
     assert whole.result(SOON) == 6
     assert all(decoder.ask("take", n, CHUNK) for n in range(1, 7))
     put(b, [13, 14, 15, 16], spec(ports[0], "b", before=2 * CHUNK))
     assert other.result(SOON) == 6
     assert all(decoder.ask("take", n, CHUNK) for n in range(11, 17))
-    assert decoder.ask("stats").free_pages == PAGES
+    assert empty_pages(decoder.ask("stats")) == PAGES
 
 
 def test_steps_that_lmcache_counts_from_the_start_go_on_where_the_last_ended(decoder, prefiller, ports):
@@ -185,7 +185,7 @@ def test_two_requests_share_a_prefix(decoder, prefiller, ports):
     assert [f.result(SOON) for f in futures] == [3, 3]
     assert all(decoder.ask("take", n, CHUNK) for n in (1, 2, 3))
     assert all(decoder.ask("take", n, CHUNK) for n in (1, 2, 4)), "each consumer has its own claim"
-    assert decoder.ask("stats").free_pages == PAGES
+    assert empty_pages(decoder.ask("stats")) == PAGES
 
 
 def store(backend, seeds, to, last_tokens=CHUNK):
@@ -213,7 +213,7 @@ def test_chunks_are_gathered_into_the_decoders_own_pages(decoder, prefiller, por
     assert (first, second) == ([False, True], [True, True])
     assert future.result(SOON) == 4
     assert all(decoder.ask("take", n, CHUNK) for n in (1, 2, 1, 3, 4)) and decoder.ask("take", 5, 5)
-    decoder.until(lambda s: s.free_pages == PAGES, "all taken")
+    decoder.until(lambda s: empty_pages(s) == PAGES, "all taken")
     staging_is_free(backend)
 
 
@@ -228,13 +228,13 @@ def test_a_store_that_ends_early_gives_its_pages_back(decoder, prefiller, ports)
         memory_object = backend.allocate(torch.Size(content(2).shape), torch.bfloat16)
         fill(memory_object, 2)
         raise RuntimeError("in the middle")
-    decoder.until(lambda s: s.free_pages == PAGES - 1, "given up")
+    decoder.until(lambda s: empty_pages(s) == PAGES - 1, "given up")
     assert decoder.ask("contains", [2]) == 0
     # One chunk fewer than was named.
     with backend.storing("vllm-b", to, None, known):
         objects = chunks(backend, [2, 3])
         assert backend.batched_submit_put_task([key(2), key(3)], objects, transfer_spec=to) is None
-    decoder.until(lambda s: s.free_pages == PAGES - 1, "given up")
+    decoder.until(lambda s: empty_pages(s) == PAGES - 1, "given up")
     placed, future = store(backend, [2, 3, 4], to)
     assert (placed, future.result(SOON)) == ([True] * 3, 3)
     assert all(decoder.ask("take", n, CHUNK) for n in (2, 3, 4))
@@ -256,7 +256,7 @@ def test_a_torch_that_takes_no_places_gets_pages_of_its_own(decoder, prefiller, 
     placed, future = store(backend, [4], spec(ports[0], "c"))
     assert (placed, future.result(SOON)) == ([False], 1), "not tried again"
     assert all(decoder.ask("take", n, CHUNK) for n in (1, 2, 3, 4))
-    decoder.until(lambda s: s.free_pages == PAGES, "all taken")
+    decoder.until(lambda s: empty_pages(s) == PAGES, "all taken")
 
 
 def test_a_decoder_without_a_page_to_give_is_written_to_later(decoder, prefiller, ports):
@@ -280,7 +280,7 @@ def test_what_vllm_had_already_is_given_back_by_unpin(decoder, prefiller, ports)
     assert decoder.ask("take", 3, CHUNK)
     for n in (1, 2, 3):
         decoder.ask("unpin", n)
-    assert decoder.ask("stats").free_pages == PAGES
+    assert empty_pages(decoder.ask("stats")) == PAGES
     assert decoder.ask("contains", [1]) == 0
 
 
@@ -293,7 +293,7 @@ def test_a_request_aborted_between_two_steps_leaves_nothing(decoder, prefiller, 
     backend.vllm_finished({"vllm-7", "another"})
     with pytest.raises(Exception, match="given up"):
         future.result(SOON)
-    decoder.until(lambda s: s.free_pages == PAGES, "the abort")
+    decoder.until(lambda s: empty_pages(s) == PAGES, "the abort")
     staging_is_free(backend)
 
 

@@ -52,6 +52,11 @@ def gauge(base, name, **labels):
     return total
 
 
+def empty_pages(base):
+    """Pages of a decoder that hold nothing: free ones, and those that prefillers have in advance."""
+    return sum(gauge(base, "kvxfer_pool_pages", state=state) for state in ("free", "advanced"))
+
+
 def until(wanted, what, patience=SOON):
     deadline = time.monotonic() + patience
     while not wanted():

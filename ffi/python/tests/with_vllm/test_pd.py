@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from asking import SOON, ask, ask_many, gauge, prompt, until
+from asking import SOON, ask, ask_many, empty_pages, gauge, prompt, until
 from stack import Stack
 
 CHUNK, STEP = 64, 256
@@ -25,8 +25,8 @@ RETENTION_S = 10
 
 def pages_are_free(stack, pages):
     until(
-        lambda: gauge(stack.decoder, "kvxfer_pool_pages", state="free") == pages,
-        f"{pages} free pages",
+        lambda: empty_pages(stack.decoder) == pages,
+        f"{pages} empty pages",
         RETENTION_S + SOON,
     )
 

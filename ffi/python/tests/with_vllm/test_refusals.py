@@ -4,7 +4,7 @@ One decoder; the prefiller is started anew for each case. Both keep their prefix
 """
 
 import pytest
-from asking import ask, ask_many, gauge, prompt, until
+from asking import ask, ask_many, empty_pages, gauge, prompt, until
 from stack import Stack
 
 CHUNK = 64
@@ -61,7 +61,7 @@ def test_prompts_that_the_decoder_has_in_its_own_prefix_cache_leave_no_page_behi
     assert gauge(stack.decoder, LOADED) > before, "what is new was loaded"
     assert answer == ask(stack.decoder, longer)
     pages = gauge(stack.decoder, "kvxfer_pool_pages")
-    until(lambda: gauge(stack.decoder, "kvxfer_pool_pages", state="free") == pages, "all pages free", RETENTION_S + 60)
+    until(lambda: empty_pages(stack.decoder) == pages, "all pages empty", RETENTION_S + 60)
 
 
 def test_bytes_that_change_on_the_way_are_never_used(stack, prefiller):

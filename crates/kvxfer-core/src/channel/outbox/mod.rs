@@ -66,8 +66,7 @@ pub struct Batch {
     /// No further batch follows.
     pub last: bool,
     /// The chunks and their bytes, which must stay as they are until the batch is released. `None`: in the place that
-    /// [`Outbox::place`] gave; a source for such a chunk means that the place was not used. No chunks at all, where places were given:
-    /// all of those, and each has its bytes.
+    /// [`Outbox::place`] gave; a source for such a chunk means that the place was not used.
     pub chunks: Vec<(ChunkSpec, Option<ChunkSource>)>,
     /// All of them are complete at this point of a CUDA stream; not read before.
     pub after: Option<Fence>,
@@ -189,29 +188,7 @@ impl Outbox {
             (self.shared.request(&id, &receiver, first, last)?, None, chunks)
         };
         let number = self.shared.keep_until_released(&mut chunks, after.as_ref());
-        {
-            let mut end = request.end.lock();
-            if last {
-                end.last_put = Some(Instant::now());
-            }
-            if end.ended {
-                drop(end);
-                place::give_up(chunks, after.as_ref());
-                return Ok(number);
-            }
-        }
-        let ready = {
-            let mut work = request.work.lock();
-            work.waiting.push_back(Part { total, last, chunks, named, after });
-            // The order is kept: what waits already goes first, on the thread that is at it.
-            work.waiting.len() == 1 && request.route.is_open()
-        };
-        if ready {
-            self.shared.hand_over(&request);
-        } else {
-            // The thread lives as long as the route.
-            let _ = request.route.work.send(request.clone());
-        }
+        self.shared.take(request, Part { total, last, chunks, named, after });
         Ok(number)
     }
 
@@ -239,14 +216,15 @@ impl Outbox {
         self.shared.events.next(timeout)
     }
 
-    /// For a thread that has nothing to do but wait for what comes next: looks after the receivers' answers itself, at most so long,
-    /// which spares the time until other threads have been woken for them. True when there is an event. No other thread is woken for
-    /// those that come meanwhile: take them with [`Outbox::next_event`] until there are none.
-    pub fn attend(&self, at_most: Duration) -> bool {
-        let Some(agent) = self.shared.agent.lock().clone() else { return self.shared.events.len() > 0 };
+    /// The next event for a thread that has nothing to do but wait for it: it looks after the receivers' answers itself, at most so
+    /// long, which spares the time until other threads have been woken for them. No other thread is woken for events that come
+    /// meanwhile: take them until there are none.
+    pub fn attend(&self, at_most: Duration) -> Option<OutboxEvent> {
         let events = &self.shared.events;
-        events.attended(|| agent.attend(at_most, || events.len() > 0));
-        events.len() > 0
+        if let Some(agent) = self.shared.agent.lock().clone() {
+            events.attended(|| agent.attend(at_most, || events.len() > 0));
+        }
+        events.next(Duration::ZERO)
     }
 
     /// Events that wait to be taken.
@@ -318,6 +296,34 @@ impl Route {
 }
 
 impl Shared {
+    /// Hands part of a request over now, or has it done once that is possible.
+    fn take(self: &Arc<Self>, request: Arc<Request>, part: Part) {
+        {
+            let mut end = request.end.lock();
+            if part.last {
+                end.last_put = Some(Instant::now());
+            }
+            if end.ended {
+                drop(end);
+                place::give_up(part.chunks, part.after.as_ref());
+                return;
+            }
+        }
+        let ready = {
+            let mut work = request.work.lock();
+            work.waiting.push_back(part);
+            // The order is kept: what waits already goes first, on the thread that is at it.
+            work.waiting.len() == 1 && request.route.is_open()
+        };
+        if ready {
+            self.hand_over(&request);
+        } else {
+            // The thread lives as long as the route.
+            let route = request.route.clone();
+            let _ = route.work.send(request);
+        }
+    }
+
     /// Numbers a batch whose bytes will be read.
     fn keep_until_released(&self, chunks: &mut [(ChunkSpec, Bytes)], after: Option<&Fence>) -> Option<u64> {
         let sources: Vec<_> = chunks.iter_mut().filter_map(|(_, bytes)| bytes.source()).collect();
@@ -510,7 +516,7 @@ impl Shared {
             Error::failed(ErrorCode::Unreachable, format!("{} is not connected", request.route.address))
         })?;
         let left = self.config.sender.request_timeout.saturating_sub(request.started.elapsed());
-        let new = sender.reserve_more(request.id.clone(), specs, more, Some(left))?;
+        let new = sender.reserve_at_once(request.id.clone(), specs, more, Some(left))?;
         let (me, ended) = (Arc::downgrade(self), Arc::downgrade(request));
         new.on_end(move |result| Self::told(&me, &ended, result));
         *reservation = Some(new);

@@ -1,6 +1,6 @@
 //! Pages first, bytes then: chunks that are named at their receiver ahead of their batch, so that the engine produces them in place.
 
-use super::{Batch, Bytes, ChunkSource, Outbox, Request};
+use super::{Batch, Bytes, ChunkSource, Outbox, Part, Request};
 use crate::channel::place::{Place, Placed};
 use crate::cuda::Fence;
 use crate::{Error, Result};
@@ -14,6 +14,8 @@ pub(super) struct Named {
     pub(super) request: Arc<Request>,
     /// Index of the first of them in the request.
     pub(super) first: usize,
+    /// Their batch is the request's last.
+    last: bool,
     chunks: Vec<(ChunkSpec, Option<Place>)>,
 }
 
@@ -77,9 +79,29 @@ impl Outbox {
             shared.abort(&request, e);
         }
         let placed = chunks.iter().map(|(_, place)| place.as_ref().map(Place::at)).collect();
-        let named = Named { request, first: named.unwrap_or(0), chunks };
+        let named = Named { request, first: named.unwrap_or(0), last: *last, chunks };
         shared.state.lock().named.insert(id.clone(), named);
         Ok(placed)
+    }
+
+    /// Puts the batch that [`Outbox::place`] has named, all of whose chunks have a place and lie in it, or will at that point of a CUDA
+    /// stream. Never waits. No release follows. An error when the request has no places, or a chunk has none; in the latter case the request
+    /// is given up.
+    pub fn put_placed(&self, request: &RequestId, after: Option<Fence>) -> Result<()> {
+        let named = self.shared.state.lock().named.remove(request);
+        let named = named
+            .ok_or_else(|| Error::NotFound { what: "request with places", name: request.to_string() })?;
+        if let Some((spec, _)) = named.chunks.iter().find(|(_, place)| place.is_none()) {
+            let e = no_bytes(spec);
+            self.shared.abort(&named.request, &e);
+            named.give_up(after.as_ref());
+            return Err(e);
+        }
+        let Named { request, first, last, chunks } = named;
+        let chunks =
+            chunks.into_iter().filter_map(|(spec, place)| Some((spec, Bytes::Here(place?)))).collect();
+        self.shared.take(request, Part { total: 0, last, chunks, named: Some(first), after });
+        Ok(())
     }
 
     /// Gives up places and their request, once a CUDA stream that may still write to them has passed `after`. False when the request
@@ -98,7 +120,7 @@ impl Named {
     pub(super) fn check(&self, receiver: &str, batch: &[(ChunkSpec, Option<ChunkSource>)]) -> Result<()> {
         let same =
             batch.len() == self.chunks.len() && batch.iter().zip(&self.chunks).all(|(b, n)| b.0 == n.0);
-        if !(same || batch.is_empty()) || self.request.route.address != receiver {
+        if !same || self.request.route.address != receiver {
             return Err(Error::InvalidArgument {
                 argument: "batch.chunks",
                 problem: format!(

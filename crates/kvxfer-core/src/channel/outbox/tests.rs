@@ -1,5 +1,7 @@
 //! An outbox towards real receivers in the same process, some of which are not there.
 
+mod advance;
+
 use super::*;
 use crate::channel::{Lookup, Placed, Receiver, ReceiverConfig};
 use crate::{Memory, TransportKind};
@@ -285,22 +287,22 @@ fn bytes_produced_in_their_places_need_no_transfer() {
 }
 
 #[test]
-fn a_batch_without_chunks_puts_what_has_its_places() {
+fn a_batch_is_put_as_it_was_placed() {
     let (_to, from, receiver, outbox, address) = connected(8, SOON);
-    let mut step = in_place("r", &address, 0..3, (3, true, true));
+    let step = in_place("r", &address, 0..3, (3, true, true));
     for (n, place) in outbox.place(&step, None, SOON).expect("asked").iter().enumerate() {
         fill(place.as_ref().expect("a place"), n as u8 + 1);
     }
-    step.chunks.clear();
-    assert_eq!(outbox.put(step).expect("taken"), None);
+    outbox.put_placed(&step.request, None).expect("taken");
     assert_eq!(collect(&outbox, 1, 0).0[0].1.as_ref().expect("delivered").written, 3);
     assert_eq!(bytes_of(&receiver, 2), vec![3; PAGE as usize]);
     // One of them is there already and has no place: its bytes are nowhere.
-    let mut step = in_place("s", &address, 2..4, (2, true, true));
+    let step = in_place("s", &address, 2..4, (2, true, true));
     let places = outbox.place(&step, None, SOON).expect("asked");
     assert!(places[0].is_none() && places[1].is_some());
-    step.chunks.clear();
-    assert_eq!(outbox.put(step).expect_err("refused").code(), ErrorCode::InvalidArgument);
+    let refused = |r: &RequestId| outbox.put_placed(r, None).expect_err("refused").code();
+    assert_eq!(refused(&step.request), ErrorCode::InvalidArgument);
+    assert_eq!(refused(&step.request), ErrorCode::NotFound, "it was given up");
     until(|| receiver.stats().writing == 0);
     drop(from);
 }
@@ -311,10 +313,8 @@ fn an_answer_is_found_by_the_thread_that_looks_for_it() {
     let mut seen = Vec::new();
     for n in 0..50 {
         outbox.put(batch(&from, &n.to_string(), &address, 0..1, (1, true, true))).expect("taken");
-        until(|| outbox.attend(Duration::from_millis(1)));
         until(|| {
-            seen.extend(std::iter::from_fn(|| outbox.next_event(Duration::ZERO)));
-            outbox.attend(Duration::from_micros(100));
+            seen.extend(outbox.attend(Duration::from_micros(100)));
             outbox.active() == 0
         });
     }

@@ -19,7 +19,7 @@ use kvxfer_proto::integrity::Binding;
 use kvxfer_proto::layout::Layout;
 use kvxfer_proto::plan::{PlanChunk, Striping, plan};
 use kvxfer_proto::query::Asker;
-use kvxfer_proto::sender::{self as machine, Failure, Output, SenderError, Write};
+use kvxfer_proto::sender::{self as machine, Declaration, Failure, Output, SenderError, Write};
 use kvxfer_proto::wire::{Check, ChunkSpec, Message, RegionAdvert};
 use kvxfer_proto::{ErrorCode, Integrity, RequestId, Time};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -74,6 +74,8 @@ struct Request {
     placing: Option<(u32, Option<Write>)>,
     transfers: HashMap<u32, Transfer>,
     in_flight: u32,
+    /// For its caller. Writes may still end.
+    ended: bool,
     cancelled: bool,
     deadline: Instant,
     carried: Option<TransportKind>,
@@ -198,20 +200,22 @@ impl Session {
         request: RequestId,
         (specs, more): (Vec<ChunkSpec>, u32),
         deadline: Instant,
+        at_once: bool,
     ) -> Result<Arc<Ticket>> {
         let mut state = self.state.lock();
         let State { attached, requests, .. } = &mut *state;
         let Some(Ok(a)) = attached else {
             return Err(Error::failed(ErrorCode::PeerGone, "not attached to the pool"));
         };
-        let serial = a.machine.reserve(
-            host::now(),
-            request.clone(),
-            specs.clone(),
+        let declaration = Declaration {
+            request: request.clone(),
+            specs: specs.clone(),
             more,
-            host::to_time(deadline),
-            a.level,
-        )?;
+            deadline: host::to_time(deadline),
+            integrity: a.level,
+            at_once,
+        };
+        let serial = a.machine.reserve(host::now(), declaration)?;
         let bytes = specs.iter().map(|s| s.len).sum::<u64>();
         let span = tracing::info_span!(
             "request", side = "sender", %request, receiver = %self.peer.name(), pool = self.pool, chunks = specs.len(), more, bytes
@@ -224,6 +228,7 @@ impl Session {
             placing: None,
             transfers: HashMap::new(),
             in_flight: 0,
+            ended: false,
             cancelled: false,
             deadline,
             carried: None,
@@ -446,6 +451,7 @@ impl Session {
                 }
                 Output::Ended { serial, result } => {
                     if let Some(r) = requests.get_mut(&serial) {
+                        r.ended = true;
                         let result = self.report(r, result);
                         todo.ends.push((r.ticket.clone(), result));
                         if r.in_flight == 0 {
@@ -605,7 +611,7 @@ impl Session {
         if let Some(r) = requests.get_mut(&write.serial) {
             r.in_flight -= 1;
             trash.extend(r.transfers.remove(&write.chunk).map(|t| Box::new(t) as Trash));
-            let over = r.in_flight == 0 && r.cancelled;
+            let over = r.in_flight == 0 && r.ended;
             if over {
                 trash.extend(requests.remove(&write.serial).map(|r| Box::new(r) as Trash));
             }
