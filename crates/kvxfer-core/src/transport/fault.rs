@@ -126,7 +126,11 @@ impl Transport for FaultTransport {
         self.inner.adopt(session, lane, stream);
     }
     fn poll(&self) -> bool {
-        self.inner.poll()
+        // A delayed job is started by another thread: a transport that is driven from here goes on being driven until then.
+        let links = self.links.lock();
+        let delayed = links.iter().filter_map(Weak::upgrade).any(|l| l.shared.held.delays());
+        drop(links);
+        self.inner.poll() | delayed
     }
     fn shutdown(&self) {
         self.inner.shutdown();

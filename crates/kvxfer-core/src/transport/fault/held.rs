@@ -17,6 +17,8 @@ pub(super) struct Held {
 #[derive(Default)]
 struct State {
     jobs: HashMap<TransferId, Entry>,
+    /// Delayed ones that are just being started.
+    starting: usize,
     timer: bool,
     closed: bool,
 }
@@ -56,6 +58,12 @@ impl Held {
         Ok(())
     }
 
+    /// Whether a job will still be started.
+    pub(super) fn delays(&self) -> bool {
+        let state = self.state.0.lock();
+        state.starting > 0 || state.jobs.values().any(|e| e.due.is_some())
+    }
+
     /// Gives a held job back to its end.
     pub(super) fn take(&self, transfer: TransferId) -> Option<Job> {
         self.state.0.lock().jobs.remove(&transfer).map(|e| e.job)
@@ -87,7 +95,9 @@ fn run_timer(held: &(Mutex<State>, Condvar), owner: &Weak<Shared>) {
             }
             Some((_, number, transfer)) => {
                 let Some(entry) = state.jobs.remove(&transfer) else { continue };
+                state.starting += 1;
                 parking_lot::MutexGuard::unlocked(&mut state, || start(owner, entry.job, number));
+                state.starting -= 1;
             }
         }
     }
