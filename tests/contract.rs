@@ -6,6 +6,8 @@ mod actors;
 
 #[path = "contract/admission.rs"]
 mod admission;
+#[path = "contract/advance.rs"]
+mod advance;
 #[path = "contract/endings.rs"]
 mod endings;
 #[path = "contract/peers.rs"]
@@ -37,7 +39,8 @@ macro_rules! contract {
                 peers::no_stranger_writes,
                 peers::you_can_see_the_path,
                 reading::what_is_read_back_is_right,
-                reading::nobody_holds_pages_by_reading
+                reading::nobody_holds_pages_by_reading,
+                advance::pages_in_advance_are_nobody_elses
             );
         }
     )*};

@@ -106,8 +106,12 @@ impl SenderRole {
             "reserve" => {
                 let request = text(command, "request");
                 let specs = specs(command)?;
-                let reservation =
-                    self.sender().reserve(RequestId::new(request)?, specs.clone(), timeout(command))?;
+                let (id, limit) = (RequestId::new(request)?, timeout(command));
+                let reservation = if command["at_once"] == true {
+                    self.sender().reserve_at_once(id, specs.clone(), 0, limit)?
+                } else {
+                    self.sender().reserve(id, specs.clone(), limit)?
+                };
                 self.reservations.insert(request.into(), (reservation, specs));
                 Ok(Value::Null)
             }
