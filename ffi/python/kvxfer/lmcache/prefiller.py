@@ -255,7 +255,7 @@ class Prefiller:
         self, places: Places, keys: Sequence[Any], on_complete: Callable | None, store: _Store
     ) -> list[Future]:
         """All of what was named lies where it is to be."""
-        step = places.step
+        step, filled = places.step, time.perf_counter()
         # First of all it is on its way; who hears of its end waits here until it is known.
         with self._lock:
             try:
@@ -264,7 +264,7 @@ class Prefiller:
                 self._requests.pop(step.name, None)
                 raise
             count = len(places.keys)
-            request = self._note(step, store, (count, count), places.bytes, places.tokens)
+            request = self._note(step, store, filled, (count, count), places.bytes, places.tokens)
         self._let_go([], keys, on_complete)
         return self._handed_over(step, request)
 
@@ -280,8 +280,9 @@ class Prefiller:
         size, tokens = sum(runs[0][1] for _, _, runs in chunks), sum(m.get_num_tokens() for m in memory_objs)
         for memory_obj in memory_objs:
             memory_obj.ref_count_up()
+        counts = len(memory_objs), sum(map(is_placed, memory_objs))
         with self._lock:
-            request = self._note(step, store, (len(memory_objs), sum(map(is_placed, memory_objs))), size, tokens)
+            request = self._note(step, store, time.perf_counter(), counts, size, tokens)
         try:
             number = self._outbox.put(
                 step.name,
@@ -308,8 +309,10 @@ class Prefiller:
             self._let_go(memory_objs, keys, on_complete)
         return self._handed_over(step, request)
 
-    def _note(self, step: _Step, store: _Store, counts: tuple[int, int], size: int, tokens: int) -> Request:
-        """Notes a step of a request: chunks, and how many of them in their places. The lock is held."""
+    def _note(
+        self, step: _Step, store: _Store, filled: float, counts: tuple[int, int], size: int, tokens: int
+    ) -> Request:
+        """Notes a step of a request that was handed over at `filled`: chunks, and how many of them in their places. The lock is held."""
         request = self._requests.get(step.name)
         if request is None or step.first:
             arrival, self._spare = self._spare or Arrival(self.attend), None
@@ -320,7 +323,7 @@ class Prefiller:
         request.last = step.last
         request.tokens += tokens
         if store.began is not None:
-            request.offload += time.perf_counter() - store.began
+            request.offload += filled - store.began
         return request
 
     def _handed_over(self, step: _Step, request: Request) -> list[Future]:
