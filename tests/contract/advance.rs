@@ -45,7 +45,7 @@ pub(crate) fn pages_in_advance_are_nobody_elses(transport: &str) {
         return; // the rest needs a sender that can be stopped and killed
     }
     // One that is stopped while it writes to a page of its advance: it is nobody's until it has said that it does so no more.
-    let mut slow = sender(transport, &decoder, &json!({"faults": {"delay": "400ms"}}));
+    let mut slow = sender(transport, &decoder, &json!({"faults": {"delay": "20ms", "stall_after": 1}}));
     reserve(&mut slow, "ahead", "d");
     deliver(&mut slow, "ahead", 20);
     until(&mut decoder, "a page for the next one", |s| s["advanced"] == 1);
