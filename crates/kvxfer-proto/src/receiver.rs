@@ -470,7 +470,6 @@ impl Receiver {
         deadline: Time,
         integrity: Integrity,
     ) {
-        let in_place = !places.is_empty();
         let places = self.places(peer, channel, places);
         let Some(c) = self.channel(peer, channel) else { return };
         if let Some(&owner) = c.live.get(&serial) {
@@ -497,12 +496,14 @@ impl Receiver {
             Some((ErrorCode::Busy, format!("request {request} of {} is under way already", peer.name)))
         } else if let Err(wrong) = &places {
             Some(wrong.clone())
-        } else if in_place && (places.as_ref().is_ok_and(|p| p.1.len() != chunks.len()) || more > 0) {
+        } else if let Ok(Some((_, places))) = &places
+            && (places.len() != chunks.len() || more > 0)
+        {
             let text = format!(
                 "request {request}: pages in advance are named for all of a request's chunks or for none"
             );
             Some((ErrorCode::Protocol, text))
-        } else if !in_place && self.queue.len() >= self.settings.max_queue {
+        } else if matches!(places, Ok(None)) && self.queue.len() >= self.settings.max_queue {
             Some((ErrorCode::NoCapacity, format!("{} requests wait for pages already", self.queue.len())))
         } else {
             None
@@ -529,9 +530,7 @@ impl Receiver {
         self.requests.insert(owner, r);
         let started = Event::Started { peer: peer.clone(), request: request.clone() };
         self.outputs.push_back(Output::Event(started));
-        if let Ok((channel, places)) = places
-            && in_place
-        {
+        if let Ok(Some((channel, places))) = places {
             if !self.admit(now, owner, Source::Advance(channel, &places)) {
                 self.end(now, owner, ErrorCode::Stale, "its pages are not the channel's", false);
             }

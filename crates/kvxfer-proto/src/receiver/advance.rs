@@ -23,17 +23,23 @@ pub(super) struct Advance {
     recalled: bool,
 }
 
+/// Pages that a request names, and their holder.
+type Places = (Owner, Vec<Hold>);
+
 /// Channels that have something in advance; also those that are over, until it is back.
 pub(super) type Advances = BTreeMap<(PeerId, u64), Advance>;
 
 impl Receiver {
-    /// The pages of a request that names them, if all are the channel's, each once.
+    /// The pages of a request that names some, with their holder, if all are the channel's, each once.
     pub(super) fn places(
         &self,
         peer: &PeerId,
         channel: u64,
         places: &[Hold],
-    ) -> Result<(Owner, Vec<Hold>), (ErrorCode, String)> {
+    ) -> Result<Option<Places>, (ErrorCode, String)> {
+        if places.is_empty() {
+            return Ok(None);
+        }
         let advance = self.advances.get(&(peer.clone(), channel));
         let mut seen = BTreeSet::new();
         for p in places {
@@ -43,19 +49,21 @@ impl Receiver {
                 return Err((ErrorCode::Stale, text));
             }
         }
-        Ok((advance.map_or(Owner(0), |a| a.owner), places.to_vec()))
+        Ok(advance.map(|a| (a.owner, places.to_vec())))
     }
 
     /// Gives a channel as many pages in advance as it asks for, or none.
     pub(super) fn advance(&mut self, peer: &PeerId, channel: u64, wanted: u32) {
+        if wanted == 0 || !self.queue.is_empty() || self.closed.is_some() {
+            return;
+        }
         let channels = self.channels.values().map(HashMap::len).sum::<usize>().max(1) as u32;
         let limit = self.settings.advance;
         let out = self.pool.counts().advanced;
         let id = (peer.clone(), channel);
         let mine = self.advances.get(&id).map_or(0, |a| a.out.len() as u32);
         let fair = (limit / channels).max(1);
-        let fits = out.saturating_add(wanted) <= limit && mine.saturating_add(wanted) <= fair;
-        if wanted == 0 || !fits || !self.queue.is_empty() || self.closed.is_some() {
+        if out.saturating_add(wanted) > limit || mine.saturating_add(wanted) > fair {
             return;
         }
         let known = self.advances.get(&id).map(|a| a.owner);

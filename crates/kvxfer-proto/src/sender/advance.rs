@@ -9,7 +9,7 @@
 //! A page is chosen once. What its chunk did not need goes back, and comes again under another generation: so an answer or a write
 //! of an earlier request can never be taken for one of a later.
 
-use super::{Chunk, Hold, Message, Place, Sender, Slot, Write};
+use super::{Chunk, Hold, Message, Output, Place, Sender, Slot, Write};
 use crate::{ErrorCode, sender::Failure};
 use std::collections::HashSet;
 
@@ -112,18 +112,12 @@ impl Sender {
                     r.in_flight -= 1;
                     self.advance.strays.insert(Write { serial, chunk, page, generation });
                 } else {
-                    self.done(serial, chunk);
+                    if c.supplied {
+                        self.outputs.push_back(Output::ChunkDone { serial, chunk });
+                    }
                     self.give_back(vec![hold]);
                 }
             }
-        }
-    }
-
-    /// A chunk that is there without its bytes: what was to be written is not needed.
-    fn done(&mut self, serial: u64, chunk: u32) {
-        let supplied = |r: &super::Request| r.chunks[chunk as usize].supplied;
-        if self.requests.get(&serial).is_some_and(supplied) {
-            self.outputs.push_back(super::Output::ChunkDone { serial, chunk });
         }
     }
 }

@@ -162,16 +162,12 @@ class Prefiller:
 
     def begin(self, store: _Store, spec: Any, chunks: KnownChunks | None) -> None:
         """The calling thread is at that store from now on."""
-        self._local.store = store
         if store.vllm is not None and not isinstance(spec, Spec):
             with self._lock:
                 self._names[store.vllm] = str(spec.req_id)
         if chunks is not None and self._in_place:
-            try:
-                store.places = self._place(chunks.chunks, spec)
-            except BaseException:
-                self._local.store = _Local.store
-                raise
+            store.places = self._place(chunks.chunks, spec, store)
+        self._local.store = store
 
     def end(self, store: _Store) -> None:
         """It is at none."""
@@ -184,10 +180,10 @@ class Prefiller:
             # The store ended early: nobody will ever fill them.
             self._outbox.give_up(places.step.name, self._complete_at(store))
 
-    def _place(self, chunks: Sequence[tuple[Any, int]], spec: Any) -> Places:
+    def _place(self, chunks: Sequence[tuple[Any, int]], spec: Any, store: _Store) -> Places:
         """Asks for pages at the decoder for the chunks of a step."""
         c = self._config
-        step = self._step(spec)
+        step = self._step(spec, store)
         token = c.geometry.page_bytes // c.geometry.chunk_tokens
         places = self._outbox.place(
             step.name,
@@ -207,9 +203,9 @@ class Prefiller:
             self._in_place = False
             return Places(step, chunks, [None] * len(places), c.device)
 
-    def _step(self, spec: Any) -> _Step:
-        """What a `disagg_spec` says of the step that this thread is storing."""
-        vllm, name = self._local.store.vllm, str(spec.req_id)
+    def _step(self, spec: Any, store: _Store) -> _Step:
+        """What a `disagg_spec` says of the step that is stored."""
+        vllm, name = store.vllm, str(spec.req_id)
         with self._lock:
             request = self._requests.get(name)
             goes_on = request is not None and vllm is not None and request.vllm == vllm and request.tokens > 0
@@ -235,7 +231,7 @@ class Prefiller:
         store = self._local.store
         places = store.places
         if places is None or places.step.name != str(spec.req_id):
-            return self._put(self._step(spec), keys, memory_objs, on_complete, store)
+            return self._put(self._step(spec, store), keys, memory_objs, on_complete, store)
         places.put = True
         if places.keys != list(keys):
             # Fewer than were named, because there was no staging page for one: the decoder waits for it in vain.

@@ -178,8 +178,7 @@ impl Outbox {
         }
         let (request, named, mut chunks) = if let Some(named) = named {
             if let Err(e) = named.check(&receiver, &chunks) {
-                self.shared.abort(&named.request, &e);
-                named.give_up(after.as_ref());
+                named.fail(&self.shared, &e, after.as_ref());
                 return Err(e);
             }
             (named.request.clone(), Some(named.first), named.join(chunks))

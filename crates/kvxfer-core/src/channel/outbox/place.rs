@@ -1,6 +1,6 @@
 //! Pages first, bytes then: chunks that are named at their receiver ahead of their batch, so that the engine produces them in place.
 
-use super::{Batch, Bytes, ChunkSource, Outbox, Part, Request};
+use super::{Batch, Bytes, ChunkSource, Outbox, Part, Request, Shared};
 use crate::channel::place::{Place, Placed};
 use crate::cuda::Fence;
 use crate::{Error, Result};
@@ -93,8 +93,7 @@ impl Outbox {
             .ok_or_else(|| Error::NotFound { what: "request with places", name: request.to_string() })?;
         if let Some((spec, _)) = named.chunks.iter().find(|(_, place)| place.is_none()) {
             let e = no_bytes(spec);
-            self.shared.abort(&named.request, &e);
-            named.give_up(after.as_ref());
+            named.fail(&self.shared, &e, after.as_ref());
             return Err(e);
         }
         let Named { request, first, last, chunks } = named;
@@ -109,8 +108,7 @@ impl Outbox {
     pub fn give_up(&self, request: &RequestId, after: Option<&Fence>) -> bool {
         let Some(named) = self.shared.state.lock().named.remove(request) else { return false };
         let why = Error::failed(ErrorCode::Cancelled, "given up by the engine before its bytes were there");
-        self.shared.abort(&named.request, &why);
-        named.give_up(after);
+        named.fail(&self.shared, &why, after);
         true
     }
 }
@@ -142,7 +140,9 @@ impl Named {
         self.chunks.into_iter().filter_map(with_bytes).collect()
     }
 
-    pub(super) fn give_up(self, after: Option<&Fence>) {
+    /// Gives up the request and its places.
+    pub(super) fn fail(self, shared: &Shared, why: &Error, after: Option<&Fence>) {
+        shared.abort(&self.request, why);
         self.chunks.into_iter().filter_map(|c| c.1).for_each(|place| place.give_up(after.cloned()));
     }
 }
